@@ -111,7 +111,7 @@ def parse_args(argv=None):
     if argv is None:
         argv = [] if in_notebook() and "kernel" in sys.argv[0] else sys.argv[1:]
 
-    # Two passes, because these four decide the defaults of all the others.
+    # Two passes, because these flags decide the defaults of all the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     flag = first.add_argument_group("what to do").add_argument
@@ -119,7 +119,10 @@ def parse_args(argv=None):
     flag("--tuned", type=boolean, nargs="?", const=True, default=True, help="start from --env-id's row of TUNED")
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    flag("--push", metavar="RUN_FOLDER", help="no training: upload this run's package to --repo-id")
     known, _ = first.parse_known_args(argv)
+    if sum(map(bool, (known.resume, known.evaluate, known.push))) > 1:
+        fail("--resume, --evaluate and --push are three jobs: give one of them")
 
     parser = argparse.ArgumentParser(
         prog=SCRIPT,
@@ -162,7 +165,6 @@ def parse_args(argv=None):
     flag("--deterministic-eval", type=boolean, nargs="?", const=True, default=True, help="argmax; False: sample")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
     flag("--render", type=boolean, nargs="?", const=True, default=False, help="with --evaluate: play in a window")
-    flag("--push", metavar="RUN_FOLDER", help="no training: upload this run's package to --repo-id")
 
     saved = {}
     if known.resume:
@@ -178,8 +180,6 @@ def parse_args(argv=None):
     parser.error = fail
     args = parser.parse_args(saved + argv)
 
-    if sum(map(bool, (args.resume, args.evaluate, args.push))) > 1:
-        fail("--resume, --evaluate and --push are three jobs: give one of them")
     if known.resume:
         changeable = {"total_timesteps", "repo_id", "track", "wandb_project_name", "wandb_entity", "capture_video"}
         for name, value in vars(before).items():
