@@ -111,12 +111,14 @@ def parse_args(argv=None):
     if argv is None:
         argv = [] if in_notebook() and "kernel" in sys.argv[0] else sys.argv[1:]
 
+    switch = {"type": boolean, "nargs": "?", "const": True}  # --flag, --flag True, --flag False
+
     # Two passes, because these flags decide the defaults of all the others.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     flag = first.add_argument_group("what to do").add_argument
     flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
-    flag("--tuned", type=boolean, nargs="?", const=True, default=True, help="start from --env-id's row of TUNED")
+    flag("--tuned", **switch, default=True, help="start from --env-id's row of TUNED")
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--push", metavar="RUN_FOLDER", help="no training: upload this run's package to --repo-id")
@@ -134,27 +136,27 @@ def parse_args(argv=None):
     flag = parser.add_argument_group("experiment").add_argument
     flag("--exp-name", default="ppo", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=number(int, 0), default=1, help="seed of everything random; environment i starts at seed + i")
-    flag("--torch-deterministic", type=boolean, nargs="?", const=True, default=True, help="deterministic cuDNN")
-    flag("--cuda", type=boolean, nargs="?", const=True, default=True, help="use a GPU if there is one")
-    flag("--track", type=boolean, nargs="?", const=True, default=False, help="log to Weights & Biases as well")
+    flag("--torch-deterministic", **switch, default=True, help="deterministic cuDNN")
+    flag("--cuda", **switch, default=True, help="use a GPU if there is one")
+    flag("--track", **switch, default=False, help="log to Weights & Biases as well")
     flag("--wandb-project-name", default="deep-rl", help="project on Weights & Biases")
     flag("--wandb-entity", help="entity (team) on Weights & Biases")
-    flag("--capture-video", type=boolean, nargs="?", const=True, default=False, help="film ten episodes on the way")
+    flag("--capture-video", **switch, default=False, help="film ten episodes on the way")
 
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-timesteps", type=number(int, 1), default=50_000, help="environment steps, all environments together")
     flag("--learning-rate", type=number(float, 0), default=2.5e-4, help="step size of Adam")
     flag("--num-envs", type=number(int, 1), default=4, help="environments stepped side by side")
     flag("--num-steps", type=number(int, 1), default=128, help="steps per environment and rollout")
-    flag("--anneal-lr", type=boolean, nargs="?", const=True, default=True, help="the learning rate falls linearly to 0")
-    flag("--gae", type=boolean, nargs="?", const=True, default=True, help="GAE; False: bootstrapped returns - values")
+    flag("--anneal-lr", **switch, default=True, help="the learning rate falls linearly to 0")
+    flag("--gae", **switch, default=True, help="GAE; False: bootstrapped returns - values")
     flag("--gamma", type=number(float, 0, 1), default=0.99, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
     flag("--num-minibatches", type=number(int, 1), default=4, help="minibatches per epoch")
     flag("--update-epochs", type=number(int, 1), default=4, help="passes over the batch of each rollout")
-    flag("--norm-adv", type=boolean, nargs="?", const=True, default=True, help="standardise advantages per minibatch")
+    flag("--norm-adv", **switch, default=True, help="standardise advantages per minibatch")
     flag("--clip-coef", type=number(float, 0), default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--clip-vloss", type=boolean, nargs="?", const=True, default=True, help="clip the value loss as well")
+    flag("--clip-vloss", **switch, default=True, help="clip the value loss as well")
     flag("--ent-coef", type=number(float, 0), default=0.01, help="weight of the entropy bonus")
     flag("--vf-coef", type=number(float, 0), default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=number(float, 0), default=0.5, help="clip the norm of the gradient to this")
@@ -162,9 +164,9 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("evaluation and the Hugging Face Hub").add_argument
     flag("--n-eval-episodes", type=number(int, 1), default=100, help="episodes that the score is measured over")
-    flag("--deterministic-eval", type=boolean, nargs="?", const=True, default=True, help="argmax; False: sample")
+    flag("--deterministic-eval", **switch, default=True, help="argmax; False: sample")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
-    flag("--render", type=boolean, nargs="?", const=True, default=False, help="with --evaluate: play in a window")
+    flag("--render", **switch, default=False, help="with --evaluate: play in a window")
 
     saved = {}
     if known.resume:
@@ -207,7 +209,7 @@ def parse_args(argv=None):
 
 
 def boolean(text):
-    """argparse type: --flag, --flag True and --flag False all work."""
+    """argparse type: True or False."""
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
@@ -962,6 +964,7 @@ def hub_problem(error, repo_id):
 
 
 def login_command():
+    """How to log in to the Hub from here."""
     return "notebook_login() from huggingface_hub" if in_notebook() else "`hf auth login`"
 
 
