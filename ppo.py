@@ -25,7 +25,7 @@ https://arxiv.org/abs/1506.02438), The 37 Implementation Details of PPO (Huang e
 #     "tensorboard>=2.18,<3",
 #     "huggingface_hub>=1.6,<3",
 #     "imageio>=2.36,<3",
-#     "imageio-ffmpeg>=0.5,<1",
+#     "imageio-ffmpeg>=0.6,<1",
 #     "tqdm>=4.66,<5",
 #     "wasabi>=1.1,<2",
 # ]
@@ -679,14 +679,14 @@ def random_policy(env, seed):
     return lambda observation: env.action_space.sample()
 
 
-def evaluate(env, policy, args, seeds):
+def evaluate(env, policy, args, seeds, video_fps=None):
     """--evaluate: play and film without training. Returns the mean and the standard deviation of the returns."""
     msg.info(f"Playing {args.n_eval_episodes} episodes of {args.env_id} with {args.evaluate}")
     mean_reward, std_reward = evaluate_agent(env, policy, args.n_eval_episodes, seeds)
     print_score(mean_reward, std_reward, args.n_eval_episodes)
     if not args.render:
         replay = new_run_folder(args) / "replay.mp4"
-        record_video(env, policy, replay, seed=seeds[0])
+        record_video(env, policy, replay, video_fps, seed=seeds[0])
         msg.good(f"Replay: {replay}")
         show_video(replay)
     return mean_reward, std_reward
@@ -796,6 +796,7 @@ def package_to_hub(
     agent,
     policy,
     env,
+    env_name,
     hyperparameters,
     seeds,
     run_folder,
@@ -807,9 +808,10 @@ def package_to_hub(
 ):
     """Evaluate, film and describe the agent in run_folder/hub, and push that to repo_id if there is one.
 
-    policy: observation -> action, what is scored; env: made with render_mode="rgb_array"; hyperparameters: a dict
-    for JSON, with env_id and n_eval_episodes; seeds: one per evaluation episode; logs: folder of TensorBoard events.
-    The package is built beside its final place and moved there whole. Returns the path of the package.
+    policy: observation -> action, what is scored; env: made with render_mode="rgb_array"; env_name: what the card
+    calls it; hyperparameters: a dict for JSON, with env_id and n_eval_episodes; seeds: one per evaluation episode;
+    logs: folder of TensorBoard events. The package is built beside its final place and moved there whole.
+    Returns the path of the package.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
     shutil.rmtree(partial, ignore_errors=True)
@@ -821,10 +823,11 @@ def package_to_hub(
     print_score(mean_reward, std_reward, n_eval_episodes)
     results = {
         "env_id": hyperparameters["env_id"],
+        "env_name": env_name,
         "mean_reward": mean_reward,
         "std_reward": std_reward,
         "n_eval_episodes": n_eval_episodes,
-        "deterministic_eval": hyperparameters["deterministic_eval"],
+        "deterministic_eval": hyperparameters.get("deterministic_eval", True),
         "eval_datetime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -854,20 +857,20 @@ def write_model_card(package, repo_id):
     """
     results = json.loads((package / "results.json").read_text())
     hyperparameters = json.loads((package / "hyperparameters.json").read_text())
-    env_id, mean_reward, std_reward = results["env_id"], results["mean_reward"], results["std_reward"]
+    env_name, mean_reward, std_reward = results["env_name"], results["mean_reward"], results["std_reward"]
     repo_id = repo_id or "user/name"  # --push fills it in
     module = SCRIPT.removesuffix(".py")
     actions = "the most probable action" if results["deterministic_eval"] else "sampled actions"
     metadata = ModelCardData(
         model_name=ALGORITHM,
-        tags=[env_id, *CARD_TAGS],
+        tags=[env_name, *CARD_TAGS],
         pipeline_tag="reinforcement-learning",
         eval_results=[
             EvalResult(
                 task_type="reinforcement-learning",
                 task_name="reinforcement-learning",
-                dataset_type=env_id,
-                dataset_name=env_id,
+                dataset_type=env_name,
+                dataset_name=env_name,
                 metric_type="mean_reward",
                 metric_name="mean_reward",
                 metric_value=f"{mean_reward:.2f} +/- {std_reward:.2f}",
@@ -875,7 +878,7 @@ def write_model_card(package, repo_id):
         ],
     )
     text = f"""\
-# {ALGORITHM} agent playing {env_id}
+# {ALGORITHM} agent playing {env_name}
 
 mean_reward **{mean_reward:.2f} +/- {std_reward:.2f}** over {results["n_eval_episodes"]} episodes with {actions},
 on seeds that training never used. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it; the packages that
@@ -1080,7 +1083,17 @@ def main(argv=None):
     with resumable(run_folder):
         agent = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)
-        package_to_hub(agent, policy, env, hyperparameters_of(args), seeds, run_folder, args.repo_id, logs=run_folder)
+        package_to_hub(
+            agent,
+            policy,
+            env,
+            args.env_id,
+            hyperparameters_of(args),
+            seeds,
+            run_folder,
+            repo_id=args.repo_id,
+            logs=run_folder,
+        )
     if not args.repo_id:
         msg.info(f"Push it to the Hub: python {SCRIPT} --push {run_folder} --repo-id user/name")
     msg.info(f"See it play again: python {SCRIPT} --evaluate {run_folder}")

@@ -67,7 +67,8 @@ def test_the_header_lists_what_the_script_imports_in_the_ranges_of_requirements_
 
     roots = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
     roots |= {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-    imported = {root.split(".")[0].replace("_", "-") for root in roots}
+    packages = {"PIL": "pillow"}  # where the import has another name
+    imported = {packages.get(root.split(".")[0], root.split(".")[0].replace("_", "-")) for root in roots}
     listed = {name.replace("_", "-") for name in requirements(block["dependencies"])}
     optional = {"wandb", "IPython"}
     third_party = {name for name in imported if name.replace("-", "_") not in sys.stdlib_module_names} - optional
