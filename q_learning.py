@@ -24,7 +24,7 @@ edition, 2018, http://incompleteideas.net/book/the-book.html), section 6.5.
 #     "gymnasium[toy-text]>=1.2,<2",
 #     "numpy>=2,<3",
 #     "tensorboard>=2.18,<3",
-#     "huggingface_hub>=1.6,<3",
+#     "huggingface_hub>=1.20,<3",
 #     "imageio>=2.36,<3",
 #     "imageio-ffmpeg>=0.6,<1",
 #     "pillow>=10,<15",
@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import linecache
 import math
@@ -48,7 +49,9 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
+import warnings
 from collections import deque
 from pathlib import Path
 
@@ -57,12 +60,12 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from wasabi import Printer
+from wasabi import Printer, color
 
 SCRIPT = "q_learning.py"  # the name of this file in the package
 ALGORITHM = "Q-Learning"
@@ -169,11 +172,15 @@ def parse_args(argv=None):
         row = env_name(*(environment.get(name) for name in ("env_id", "map_name", "is_slippery")))
         parser.set_defaults(**TUNED.get(row, {}))
     # Saved flags go through the parser like those of the command line, which checks their names and values.
+    for name in saved.keys() & set(NOT_SAVED):
+        fail(f"{known.resume or known.evaluate}: {name} is not among the flags that a run saves")
     saved = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items() if value is not None]
     parser.error = lambda message: fail(f"{known.resume or known.evaluate}: {message}")
     before = parser.parse_args(saved)
     parser.error = fail
     args = parser.parse_args(saved + argv)
+    if args.env_id != known.env_id:
+        check_env_id(args.env_id, known.resume or known.evaluate)
 
     if known.resume:
         changeable = {"n_training_episodes", "repo_id", "track", "wandb_project_name", "wandb_entity"}
@@ -438,7 +445,7 @@ def train(args, run_folder):
             "rng": rng.getstate(),
             "recent_returns": list(recent_returns),
         }
-        torch.save(state, run_folder / "checkpoint.tmp")
+        save_tensors(state, run_folder / "checkpoint.tmp")
         os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")  # atomic: never half a checkpoint
 
     if args.track:
@@ -576,6 +583,10 @@ def record_video(env, policy, path, fps=None, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
+    try:  # imageio does not hear of it when ffmpeg fails at the end, where the disk is full
+        imageio.get_reader(path).close()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"{path} was not written to its end, is the disk full?") from error
 
 
 def random_policy(env, seed):
@@ -599,8 +610,8 @@ def evaluate(env, policy, args, seeds, video_fps=None):
 
 def print_score(mean_reward, std_reward, n_eval_episodes):
     """The score, and what the course's leaderboard makes of it."""
-    score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {n_eval_episodes} episodes"
-    msg.good(f"{score}; leaderboard result {mean_reward - std_reward:.2f}")
+    score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f}"
+    msg.good(f"{score} over {n_eval_episodes} episodes (result {mean_reward - std_reward:.2f})")
 
 
 def show_video(path):
@@ -651,18 +662,30 @@ def load_checkpoint(run_folder):
     path = Path(run_folder) / "checkpoint.pt"
     if not path.is_file():
         fail(f"--resume {run_folder}: there is no checkpoint.pt in that folder")
-    checkpoint = load_tensors(path)
+    checkpoint = load_tensors(path, f"--resume {run_folder}")
     if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
         fail(f"--resume {run_folder}: that checkpoint is not one of {SCRIPT}")
     return checkpoint
 
 
-def load_tensors(path):
-    """Load a file of torch.save without running anything in it."""
+def load_tensors(path, source):
+    """Load a file of torch.save without running anything in it; source: what a message calls the place it is from."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        fail(f"{path} is not a file of plain tensors, so it was not loaded: {first_sentence(error)}")
+        with warnings.catch_warnings(action="ignore"):  # of unusual pickles; the line below says what there is to say
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        why = "it is damaged, or a pickle of something else"
+        if refused:
+            why = f"it is a whole pickled object, not a state_dict: it names {refused[1]}, which could run any code"
+        fail(f"{source}: {path.name} was not loaded: {why}")
+
+
+def save_tensors(values, path):
+    """torch.save, but a full disk is an OSError as everywhere else."""
+    buffer = io.BytesIO()
+    torch.save(values, buffer)
+    path.write_bytes(buffer.getvalue())
 
 
 class SafeUnpickler(pickle.Unpickler):
@@ -682,16 +705,19 @@ class SafeUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def load_q_table(path):
-    """Load the course's model dict from a q-learning.pkl without running anything in it."""
+def load_q_table(path, source):
+    """Load the course's model dict from a q-learning.pkl without running anything in it.
+
+    source: what a message calls the place it is from.
+    """
     try:
         with open(path, "rb") as file:
             model = SafeUnpickler(file).load()
-    except Exception as error:  # a pickle can fail in any way; none of them may end in a traceback
-        fail(f"{path} is not a pickle of arrays and plain containers, so it was not loaded: {first_sentence(error)}")
+    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
+        fail(f"{source}: {path.name} is no pickle of arrays and plain containers, so it was not loaded: {error}")
     qtable = model.get("qtable") if isinstance(model, dict) else None
     if not isinstance(qtable, np.ndarray) or qtable.ndim != 2 or qtable.dtype.kind not in "fiu":
-        fail(f"{path} holds no Q-table: a dict whose 'qtable' is an array of numbers, states by actions")
+        fail(f"{source}: {path.name} holds no Q-table: a dict whose 'qtable' is an array of numbers, states by actions")
     return model
 
 
@@ -702,16 +728,27 @@ def resumable(run_folder):
     def on_sigterm(signum, frame):
         raise KeyboardInterrupt(signum)
 
+    def go_on():
+        has_begun = (run_folder / "checkpoint.pt").exists()
+        return f"go on with: python {SCRIPT} --resume {run_folder}" if has_begun else "training had not begun"
+
     previous = signal.signal(signal.SIGTERM, on_sigterm)
-    go_on = f"go on with: python {SCRIPT} --resume {run_folder}"
+    # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
+    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
         yield
     except KeyboardInterrupt as stop:
-        fail(f"Stopped; {go_on}", code=128 + (stop.args[0] if stop.args else signal.SIGINT))
+        fail(f"Stopped; {go_on()}", code=exit_code(stop))
     except OSError as error:
-        fail(f"{error}; {go_on}", code=1)
+        fail(f"{first_sentence(error)}; {go_on()}", code=1)
     finally:
         signal.signal(signal.SIGTERM, previous)
+        threading.excepthook = threading.__excepthook__
+
+
+def exit_code(stop):
+    """The exit code that a shell expects after a signal; stop: the KeyboardInterrupt that it became."""
+    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
 
 
 def start_wandb(args, run_folder):
@@ -760,6 +797,7 @@ def package_to_hub(
     Returns the path of the package.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
+    hyperparameters = {name: value for name, value in hyperparameters.items() if name != "repo_id"}  # --push may choose
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
@@ -796,13 +834,25 @@ def package_to_hub(
     return package
 
 
+def read_package(package):
+    """The results.json and the hyperparameters.json of a package, as dicts; exits where they are not ours."""
+    try:
+        results = json.loads((package / "results.json").read_text())
+        hyperparameters = json.loads((package / "hyperparameters.json").read_text())
+        ours = {"env_name", "mean_reward", "std_reward", "n_eval_episodes", "deterministic_eval"} <= results.keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours or not isinstance(hyperparameters, dict):
+        fail(f"{package} is not a package of {SCRIPT}: its results.json and hyperparameters.json are not those of one")
+    return results, hyperparameters
+
+
 def write_model_card(package, repo_id):
     """Write the package's README.md from its results.json and hyperparameters.json.
 
     The metadata is what the course's leaderboard reads: the tags, and mean_reward as "mean +/- std".
     """
-    results = json.loads((package / "results.json").read_text())
-    hyperparameters = json.loads((package / "hyperparameters.json").read_text())
+    results, hyperparameters = read_package(package)
     env_name, mean_reward, std_reward = results["env_name"], results["mean_reward"], results["std_reward"]
     repo_id = repo_id or "user/name"  # --push fills it in
     module = SCRIPT.removesuffix(".py")
@@ -885,14 +935,16 @@ def check_hub_access(repo_id, token=None):
 def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=None):
     """Upload a package; logs of an earlier push are replaced. Exits with the command to try again if it fails."""
     msg.info(f"Uploading {package} to {repo_id}")
+    write_model_card(package, repo_id)
+    go_on = f"The package is complete in {package}; push it with: python {SCRIPT} --push {package} --repo-id {repo_id}"
     try:
-        write_model_card(package, repo_id)
         api = HfApi(token=token)
         url = api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=package, commit_message=commit_message, delete_patterns="logs/*")
+    except KeyboardInterrupt as stop:
+        fail(f"Stopped. {go_on}", code=exit_code(stop))
     except (HTTPError, OSError, RuntimeError) as error:
-        again = f"python {SCRIPT} --push {package} --repo-id {repo_id}"
-        fail(f"{hub_problem(error, repo_id)}. The package is complete in {package}; push it with: {again}", code=1)
+        fail(f"{hub_problem(error, repo_id)}. {go_on}", code=1)
     msg.good(f"Pushed: {url}")
 
 
@@ -919,18 +971,27 @@ def login_command():
 
 def find_package(source):
     """The folder of a package: a run folder's hub/, that folder itself, or a download of a Hub repo id."""
-    for folder in (Path(source) / "hub", Path(source)):
-        if (folder / "results.json").is_file():
-            return folder
-    if Path(source).exists():
-        fail(f"{source} holds no package: no hub/results.json there; an unfinished run goes on with --resume")
-    if "/" not in source:
-        fail(f"{source!r} is neither a folder here nor a repo id (user/name) on the Hub")
-    check_repo_id(source)
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", MODEL_FILE]))
-    except (HTTPError, OSError) as error:
-        fail(f"{source} is no folder here, and {hub_problem(error, source)}")
+    for package in (Path(source) / "hub", Path(source)):
+        if (package / "results.json").is_file():
+            files = os.listdir(package)
+            break
+    else:
+        if Path(source).exists():
+            fail(f"{source} holds no package: no hub/results.json there; an unfinished run goes on with --resume")
+        if "/" not in str(source):
+            fail(f"{source!r} is neither a folder here nor a repo id (user/name) on the Hub")
+        check_repo_id(source)
+        try:
+            package = Path(snapshot_download(source, allow_patterns=["*.json", MODEL_FILE]))
+            files = os.listdir(package) if (package / MODEL_FILE).is_file() else HfApi().list_repo_files(source)
+        except (HTTPError, OSError) as error:
+            fail(f"{source} is no folder here, and {hub_problem(error, source)}")
+    if MODEL_FILE in files:
+        return package
+    for name in files:
+        if name.endswith(".zip"):
+            fail(f"{source} holds {name}, a Stable-Baselines3 model: its own library loads that, {SCRIPT} does not")
+    fail(f"{source}: there is no {MODEL_FILE}")
 
 
 def load_hyperparameters(source):
@@ -940,7 +1001,7 @@ def load_hyperparameters(source):
         if (package / name).is_file():
             try:
                 values = json.loads((package / name).read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 fail(f"{source}: {name} is not JSON: {error}")
             if not isinstance(values, dict) or not isinstance(values.get("env_id"), str):
                 fail(f"{source}: {name} names no env_id")
@@ -948,14 +1009,23 @@ def load_hyperparameters(source):
     fail(f"{source}: neither hyperparameters.json nor results.json there")
 
 
-def load_agent(source, render_mode=None):
-    """Load the agent of a run folder or a Hub repo id: returns it, as the course's model dict, and its environment."""
-    path = find_package(source) / MODEL_FILE
-    if not path.is_file():
-        fail(f"{source} holds no {MODEL_FILE}")
-    agent = load_q_table(path)
-    env_id = load_hyperparameters(source)["env_id"]
-    env = make_env(env_id, agent.get("map_name"), agent.get("slippery"), agent.get("max_steps"), render_mode)
+def check_env_id(env_id, source):
+    """Exit with one line if the environment that a file names is in a module that gymnasium would import for it."""
+    if ":" in env_id:
+        fail(f"{source}: importing the environment {env_id} could run any code; if you trust it: --env-id {env_id}")
+
+
+def load_agent(source, env_id=None, render_mode=None):
+    """Load the agent of a run folder or a Hub repo id: returns it, as the course's model dict, and its environment.
+
+    env_id: by default the one it was trained on.
+    """
+    if env_id is None:
+        env_id = load_hyperparameters(source)["env_id"]
+        check_env_id(env_id, source)
+    agent = load_q_table(find_package(source) / MODEL_FILE, source)
+    max_steps = agent.get("max_steps")
+    env = make_env(env_id, agent.get("map_name"), agent.get("slippery"), max_steps, render_mode)
     needed = (int(env.observation_space.n), int(env.action_space.n))
     if agent["qtable"].shape != needed:
         fail(f"{source}: the Q-table has shape {agent['qtable'].shape}, {env_id} needs {needed}")
@@ -967,9 +1037,11 @@ def load_from_hub(repo_id, filename):
     check_repo_id(repo_id)
     try:
         path = hf_hub_download(repo_id, filename)
+    except RemoteEntryNotFoundError:
+        fail(f"{repo_id} has no file {filename}")
     except (HTTPError, OSError) as error:
         fail(hub_problem(error, repo_id))
-    return load_q_table(path)
+    return load_q_table(Path(path), repo_id)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -980,7 +1052,7 @@ def load_from_hub(repo_id, filename):
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
     line = "error: " + " ".join(str(message).split())
-    print(Printer(pretty=sys.stderr.isatty(), no_print=True).fail(line), file=sys.stderr)
+    print(color(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -1008,6 +1080,7 @@ def main(argv=None):
         if not Path(args.push).exists():
             fail(f"--push {args.push}: there is no such folder")
         package = find_package(args.push)
+        read_package(package)  # so that a folder that is none is refused before the Hub hears of it
         check_hub_access(args.repo_id)
         return push_to_hub(package, args.repo_id)
     if args.evaluate == "random":
@@ -1015,7 +1088,7 @@ def main(argv=None):
         env = make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps, render_mode)
         return evaluate(env, random_policy(env, args.seed), args, seeds, VIDEO_FPS)
     if args.evaluate:
-        agent, env = load_agent(args.evaluate, "human" if args.render else "rgb_array")
+        agent, env = load_agent(args.evaluate, args.env_id, "human" if args.render else "rgb_array")
         return evaluate(env, make_policy(agent), args, seeds, VIDEO_FPS)
 
     env = make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps, "rgb_array")
@@ -1045,10 +1118,15 @@ def main(argv=None):
         msg.info("What it learned:")
         print(policy)
     if not args.repo_id:
-        msg.info(f"Push it to the Hub: python {SCRIPT} --push {run_folder} --repo-id user/name")
-    msg.info(f"See it play again: python {SCRIPT} --evaluate {run_folder}")
+        msg.info("Push it to the Hub:")
+        print(f"  python {SCRIPT} --push {run_folder} --repo-id user/name")  # wasabi would break the line
+    msg.info("See it play again:")
+    print(f"  python {SCRIPT} --evaluate {run_folder}")
     return agent
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        fail("Stopped", code=128 + signal.SIGINT)

@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_does_not():
     for seed in ("1", "1", "2"):
         q_learning.main([*QUICK, "--seed", seed, "--is-slippery"])
     first, again, other = (
-        q_learning.load_q_table(folder / "hub" / "q-learning.pkl")["qtable"]
+        q_learning.load_q_table(folder / "hub" / "q-learning.pkl", folder)["qtable"]
         for folder in sorted(run_folders(), key=lambda folder: folder.name.split("__")[2:])
     )
     assert np.array_equal(first, again)
@@ -320,7 +320,7 @@ def test_a_malicious_pickle_is_refused_with_a_line_and_nothing_runs(malicious, p
         content = pickle.dumps({"qtable": Runs(getattr, "x", "join")}, protocol)  # modules do not pickle
     Path("q-learning.pkl").write_bytes(content)
     with pytest.raises(SystemExit) as stop:
-        q_learning.load_q_table("q-learning.pkl")
+        q_learning.load_q_table(Path("q-learning.pkl"), "here")
     assert stop.value.code == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 1
@@ -332,7 +332,7 @@ def test_a_malicious_pickle_is_refused_with_a_line_and_nothing_runs(malicious, p
 def test_a_file_that_is_no_q_table_is_refused_with_a_line(content, capfd):
     Path("q-learning.pkl").write_bytes(content)
     with pytest.raises(SystemExit):
-        q_learning.load_q_table("q-learning.pkl")
+        q_learning.load_q_table(Path("q-learning.pkl"), "here")
     assert capfd.readouterr().err.count("\n") == 1
 
 
@@ -355,6 +355,6 @@ def model_pickled(protocol):
 )
 def test_tables_of_numpy_1_and_2_load(content):
     Path("q-learning.pkl").write_bytes(content)
-    model = q_learning.load_q_table("q-learning.pkl")
+    model = q_learning.load_q_table(Path("q-learning.pkl"), "here")
     assert np.array_equal(model["qtable"], np.arange(8.0).reshape(2, 4))
     assert model["learning_rate"] == 0.7
