@@ -78,6 +78,7 @@ EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; trai
 NOT_SAVED = ("resume", "evaluate", "render", "push")  # flags that say what to do now, not how the agent was trained
 
 msg = Printer(pretty=sys.stdout.isatty())
+asked_to_stop = []  # the signals that came while a run was on
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -101,7 +102,9 @@ TUNED = {
     "FrozenLake-v1-4x4": dict(
         n_training_episodes=20_000, max_steps=100, learning_rate=0.05, gamma=0.995, min_epsilon=0.2
     ),
-    "FrozenLake8x8-v1-8x8": dict(n_training_episodes=60_000, max_steps=200, learning_rate=0.02, gamma=0.999),
+    "FrozenLake8x8-v1-8x8": dict(
+        n_training_episodes=40_000, max_steps=200, learning_rate=0.1, gamma=0.999, min_epsilon=0.2
+    ),
     # The course has decay_rate 0.005 and min_epsilon 0.05, which leave a few of the 500 states half learned.
     "Taxi-v3": dict(n_training_episodes=25_000, min_epsilon=0.2, eval_seed=TAXI_EVAL_SEED),
     "CliffWalking-v1": dict(n_training_episodes=2_000, decay_rate=0.005, gamma=0.99),
@@ -486,9 +489,11 @@ def train(args, run_folder):
                 writer.add_scalar("charts/SPS", steps_per_second, global_step)
                 progress.update(episode + 1, recent_returns)
                 returns, lengths = [], []
-                if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or episode + 1 == args.n_training_episodes:
+                is_due = time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS
+                if is_due or asked_to_stop or episode + 1 == args.n_training_episodes:
                     save_checkpoint(episode + 1)
                     last_checkpoint = time.monotonic()
+                stop_if_asked()
 
     # The course's model file, key by key.
     agent = {
@@ -556,6 +561,7 @@ def evaluate_agent(env, policy, n_eval_episodes, seeds):
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
         while not done:
+            stop_if_asked()
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -573,10 +579,11 @@ def record_video(env, policy, path, fps=None, seed=None):
     # yuv420p wants even sides: imageio's own way there is to rescale, so the last odd row or column is cut here.
     # faststart puts the index first, so that the video plays while it loads.
     options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
-    with imageio.get_writer(path, fps=fps, **options) as video:
+    with imageio.get_writer(path, fps=fps, ffmpeg_log_level="quiet", **options) as video:
         observation, _ = env.reset(seed=seed)
         done = False
         while True:
+            stop_if_asked()
             frame = env.render()
             video.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
             if done:
@@ -725,25 +732,49 @@ def load_q_table(path, source):
 def resumable(run_folder):
     """Make Ctrl-C, SIGTERM and a full disk end the run with one line that says how to go on."""
 
-    def on_sigterm(signum, frame):
-        raise KeyboardInterrupt(signum)
+    def on_signal(signum, frame):
+        asked_to_stop.append(signum)  # no more than that: an exception could break into a library that holds a lock
+        if len(asked_to_stop) > 1:  # nobody presses Ctrl-C twice without meaning it
+            raise KeyboardInterrupt(signum)
 
     def go_on():
         has_begun = (run_folder / "checkpoint.pt").exists()
         return f"go on with: python {SCRIPT} --resume {run_folder}" if has_begun else "training had not begun"
 
-    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    asked_to_stop.clear()
     # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
     threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     try:
-        yield
+        with handling_signals(on_signal):
+            yield
     except KeyboardInterrupt as stop:
         fail(f"Stopped; {go_on()}", code=exit_code(stop))
     except OSError as error:
         fail(f"{first_sentence(error)}; {go_on()}", code=1)
     finally:
-        signal.signal(signal.SIGTERM, previous)
         threading.excepthook = threading.__excepthook__
+
+
+@contextlib.contextmanager
+def handling_signals(handler):
+    """Let handler(signum, frame) answer Ctrl-C and SIGTERM for a while."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+
+
+def stop_if_asked():
+    """Raise the KeyboardInterrupt that `resumable` has kept for a moment when nothing is half done."""
+    if asked_to_stop:
+        raise KeyboardInterrupt(asked_to_stop[0])
+
+
+def raise_interrupt(signum, frame):
+    """A signal handler for where waiting is all that goes on, as in an upload."""
+    raise KeyboardInterrupt(signum)
 
 
 def exit_code(stop):
@@ -938,9 +969,12 @@ def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=Non
     write_model_card(package, repo_id)
     go_on = f"The package is complete in {package}; push it with: python {SCRIPT} --push {package} --repo-id {repo_id}"
     try:
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=package, commit_message=commit_message, delete_patterns="logs/*")
+        with handling_signals(raise_interrupt):
+            api = HfApi(token=token)
+            url = api.create_repo(repo_id, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo_id, folder_path=package, commit_message=commit_message, delete_patterns="logs/*"
+            )
     except KeyboardInterrupt as stop:
         fail(f"Stopped. {go_on}", code=exit_code(stop))
     except (HTTPError, OSError, RuntimeError) as error:
@@ -1098,7 +1132,7 @@ def main(argv=None):
     run_folder = Path(args.resume) if args.resume else new_run_folder(args)
     msg.info(f"{ALGORITHM} on {name}, into {run_folder}")
     print(textwrap.fill("  ".join(f"{name}={value}" for name, value in hyperparameters_of(args).items()), 120))
-    (run_folder / SCRIPT).write_text(script_source())  # now, since the file may be edited while it trains
+    (run_folder / SCRIPT).write_bytes(script_source().encode())  # now: the file may be edited while it trains
     with resumable(run_folder):
         agent = train(args, run_folder)
         package_to_hub(
