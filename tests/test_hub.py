@@ -54,6 +54,13 @@ SCRIPTS = {
         tags={*COURSE_TAGS, "q-learning"},
         extras={"q-table.png"},
     ),
+    "reinforce.py": Script(
+        flags="--num-envs 4 --n-training-episodes 40 --n-eval-episodes 2",
+        longer="--num-envs 8 --n-training-episodes 640 --n-eval-episodes 20",
+        model="model.pt",
+        load="torch.load(path)",
+        tags={*COURSE_TAGS, "reinforce", "deep-rl-class"},
+    ),
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "2"))
 
@@ -419,19 +426,19 @@ def state_of(run_folder):
 
     checkpoint = torch.load(run_folder / "checkpoint.pt")  # weights_only, its default
     curves = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
-    if "episode" in checkpoint:  # counted in episodes, and how many steps these take is up to chance
-        points = {tag: len(curves.Scalars(tag)) for tag in curves.Tags()["scalars"]}
-        epsilons = [event.value for event in curves.Scalars("charts/epsilon")]
-        return {"progress": checkpoint["episode"], "points": points, "epsilons": epsilons}
-    state = {"progress": checkpoint["global_step"]}
+    state = {}
     if "optimizer" in checkpoint:
         state["updates"] = [int(slot["step"]) for slot in checkpoint["optimizer"]["state"].values()]
         state["lr"] = [group["lr"] for group in checkpoint["optimizer"]["param_groups"]]
-    for tag in curves.Tags()["scalars"]:
-        state[tag] = [event.step for event in curves.Scalars(tag)]
-    state.pop("charts/episodic_return"), state.pop("charts/episodic_length")  # only where an episode ended
-    if "charts/learning_rate" in state:
-        state["learning rates"] = [round(event.value, 12) for event in curves.Scalars("charts/learning_rate")]
+    for tag in {"charts/epsilon", "charts/learning_rate"} & set(curves.Tags()["scalars"]):
+        state[f"{tag} values"] = [round(event.value, 12) for event in curves.Scalars(tag)]
+    state["progress"] = checkpoint.get("episode") or checkpoint.get("update") or checkpoint["global_step"]
+    if state["progress"] != checkpoint["global_step"]:  # counted in episodes: how many steps these take is up to chance
+        points = {tag: [event.step for event in curves.Scalars(tag)] for tag in curves.Tags()["scalars"]}
+        assert all(steps == sorted(set(steps)) for steps in points.values())
+        return state | {tag: len(steps) for tag, steps in points.items()}
+    for tag in set(curves.Tags()["scalars"]) - {"charts/episodic_return", "charts/episodic_length"}:
+        state[tag] = [event.step for event in curves.Scalars(tag)]  # those two only where an episode ended
     return state
 
 
@@ -536,7 +543,8 @@ def test_kill_9_leaves_the_last_checkpoint(script, shell, undisturbed, tmp_path)
     result = shell.script(script, *SCRIPTS[script].longer.split(), cwd=tmp_path, code=KILLED)
     assert result.returncode == -signal.SIGKILL, result.stderr
     checkpoint = torch.load(the_run(tmp_path) / "checkpoint.pt")
-    assert 0 < checkpoint.get("episode", checkpoint["global_step"]) < undisturbed[script][0]["progress"]
+    progress = checkpoint.get("episode") or checkpoint.get("update") or checkpoint["global_step"]
+    assert 0 < progress < undisturbed[script][0]["progress"]
     check_resumed(script, shell, tmp_path, undisturbed)
 
 
