@@ -41,14 +41,14 @@ SMALL = "--env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --
 SCRIPTS = {
     "ppo.py": Script(
         flags=f"{SMALL} --total-timesteps 1024 --n-eval-episodes 2",
-        longer=f"{SMALL} --total-timesteps 20480 --n-eval-episodes 20",
+        longer=f"{SMALL} --total-timesteps 12800 --n-eval-episodes 20",
         model="model.pt",
         load="torch.load(path)",
         tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
     ),
     "q_learning.py": Script(
         flags="--is-slippery True --n-training-episodes 500 --n-eval-episodes 2",
-        longer="--is-slippery True --n-training-episodes 12000 --n-eval-episodes 20",
+        longer="--is-slippery True --n-training-episodes 7000 --n-eval-episodes 20",
         model="q-learning.pkl",
         load="pickle.load(open(path, 'rb'))",
         tags={*COURSE_TAGS, "q-learning"},
@@ -56,7 +56,7 @@ SCRIPTS = {
     ),
     "reinforce.py": Script(
         flags="--num-envs 4 --n-training-episodes 40 --n-eval-episodes 2",
-        longer="--num-envs 8 --n-training-episodes 640 --n-eval-episodes 20",
+        longer="--num-envs 8 --n-training-episodes 400 --n-eval-episodes 20",
         model="model.pt",
         load="torch.load(path)",
         tags={*COURSE_TAGS, "reinforce", "deep-rl-class"},
