@@ -80,12 +80,12 @@ asked_to_stop = []  # the signals that came while a run was on
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
 LUNAR_LANDER = dict(
-    total_timesteps=1_400_000,
+    total_timesteps=1_200_000,
     learning_rate=2e-3,
     num_envs=64,
     num_steps=256,
     num_minibatches=32,
-    update_epochs=6,
+    update_epochs=5,
     gamma=0.999,
     gae_lambda=0.98,
     clip_vloss=False,
@@ -634,8 +634,12 @@ class Progress:
         self.bar.update(now - self.bar.n)
         if self.bar.disable and (time.monotonic() - self.last_line > 10 or now >= self.total):
             self.last_line = time.monotonic()
-            rate = f"{self.rate(now):,} {self.unit}s/s"
-            print(f"{now:,} of {self.total:,} {self.unit}s, return {mean_return}, {rate}", flush=True)
+            rate = self.rate(now)
+            left = f", {tqdm.format_interval((self.total - now) / rate)} left" if rate and now < self.total else ""
+            print(
+                f"{now:,} of {self.total:,} {self.unit}s, return {mean_return}, {rate:,} {self.unit}s/s{left}",
+                flush=True,
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -664,7 +668,7 @@ def evaluate_agent(env, policy, n_eval_episodes, seeds):
 def record_video(env, policy, path, fps=None, seed=None):
     """Film one whole episode as H.264 that plays in every browser, by default at the environment's own frame rate.
 
-    env: made with render_mode="rgb_array".
+    env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     fps = fps or env.metadata["render_fps"]
@@ -676,8 +680,9 @@ def record_video(env, policy, path, fps=None, seed=None):
         done = False
         while True:
             stop_if_asked()
-            frame = env.render()
-            video.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
+            rendered = env.render()
+            for frame in rendered if isinstance(rendered, list) else [rendered]:
+                video.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
             if done:
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
@@ -694,11 +699,14 @@ def random_policy(env, seed):
     return lambda observation: env.action_space.sample()
 
 
-def evaluate(env, policy, args, seeds, video_fps=None):
-    """--evaluate: play and film without training. Returns the mean and the standard deviation of the returns."""
+def evaluate(env, policy, args, seeds, video_fps=None, metrics=dict):
+    """--evaluate: play and film without training. Returns the mean and the standard deviation of the returns.
+
+    metrics: a function that returns {name: value} of what else is to be said about the episodes just played.
+    """
     msg.info(f"Playing {args.n_eval_episodes} episodes of {args.env_id} with {args.evaluate}")
     mean_reward, std_reward = evaluate_agent(env, policy, args.n_eval_episodes, seeds)
-    print_score(mean_reward, std_reward, args.n_eval_episodes)
+    print_score(mean_reward, std_reward, args.n_eval_episodes, metrics())
     if not args.render:
         replay = new_run_folder(args) / "replay.mp4"
         record_video(env, policy, replay, video_fps, seed=seeds[0])
@@ -707,10 +715,11 @@ def evaluate(env, policy, args, seeds, video_fps=None):
     return mean_reward, std_reward
 
 
-def print_score(mean_reward, std_reward, n_eval_episodes):
-    """The score, and what the course's leaderboard makes of it."""
+def print_score(mean_reward, std_reward, n_eval_episodes, metrics):
+    """The score, what the course's leaderboard makes of it, and {name: value} of further metrics."""
     score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f}"
-    msg.good(f"{score} over {n_eval_episodes} episodes (result {mean_reward - std_reward:.2f})")
+    more = "".join(f", {name} {value:.2f}" for name, value in metrics.items())
+    msg.good(f"{score} over {n_eval_episodes} episodes (result {mean_reward - std_reward:.2f}){more}")
 
 
 def show_video(path):
@@ -867,13 +876,14 @@ def package_to_hub(
     commit_message=f"{ALGORITHM} agent",
     token=None,
     logs=None,
+    metrics=dict,
 ):
     """Evaluate, film and describe the agent in run_folder/hub, and push that to repo_id if there is one.
 
     policy: observation -> action, what is scored; env: made with render_mode="rgb_array"; env_name: what the card
     calls it; hyperparameters: a dict for JSON, with env_id and n_eval_episodes; seeds: one per evaluation episode;
-    logs: folder of TensorBoard events. The package is built beside its final place and moved there whole.
-    Returns the path of the package.
+    logs: folder of TensorBoard events; metrics: a function that returns {name: value} of what else is to be said about
+    the evaluation episodes. The package is built beside its final place and moved there whole. Returns its path.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
     hyperparameters = {name: value for name, value in hyperparameters.items() if name != "repo_id"}  # --push may choose
@@ -883,12 +893,14 @@ def package_to_hub(
     n_eval_episodes = hyperparameters["n_eval_episodes"]
     msg.info(f"Playing {n_eval_episodes} evaluation episodes on seeds that training has not seen")
     mean_reward, std_reward = evaluate_agent(env, policy, n_eval_episodes, seeds)
-    print_score(mean_reward, std_reward, n_eval_episodes)
+    metrics = metrics()
+    print_score(mean_reward, std_reward, n_eval_episodes, metrics)
     results = {
         "env_id": hyperparameters["env_id"],
         "env_name": env_name,
         "mean_reward": mean_reward,
         "std_reward": std_reward,
+        "metrics": metrics,
         "n_eval_episodes": n_eval_episodes,
         "deterministic_eval": hyperparameters.get("deterministic_eval", True),
         "eval_datetime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -936,6 +948,9 @@ def write_model_card(package, repo_id):
     repo_id = repo_id or "user/name"  # --push fills it in
     module = SCRIPT.removesuffix(".py")
     actions = "the most probable action" if results["deterministic_eval"] else "sampled actions"
+    more = results.get("metrics", {})
+    metrics = {"mean_reward": f"{mean_reward:.2f} +/- {std_reward:.2f}", **more}
+    more_text = "".join(f", {name} **{value:.2f}**" for name, value in more.items())
     metadata = ModelCardData(
         model_name=ALGORITHM,
         tags=[env_name, *CARD_TAGS],
@@ -946,16 +961,17 @@ def write_model_card(package, repo_id):
                 task_name="reinforcement-learning",
                 dataset_type=env_name,
                 dataset_name=env_name,
-                metric_type="mean_reward",
-                metric_name="mean_reward",
-                metric_value=f"{mean_reward:.2f} +/- {std_reward:.2f}",
+                metric_type=name,
+                metric_name=name,
+                metric_value=value,
             )
+            for name, value in metrics.items()
         ],
     )
     text = f"""\
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{mean_reward:.2f} +/- {std_reward:.2f}** over {results["n_eval_episodes"]} episodes with {actions},
+mean_reward **{metrics["mean_reward"]}**{more_text} over {results["n_eval_episodes"]} episodes with {actions},
 on seeds that training never used. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it; the packages that
 it needs stand at its top, and `uv run {SCRIPT}` installs them by itself.
 
