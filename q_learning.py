@@ -72,7 +72,7 @@ ALGORITHM = "Q-Learning"
 CARD_TAGS = ["q-learning", "reinforcement-learning", "custom-implementation"]
 MODEL_FILE = "q-learning.pkl"
 VIDEO_FPS = 2  # slow enough to follow each move
-LOG_EPISODES = 100  # episodes between two points of the curves
+LOG_EPISODES = 250  # episodes between two points of the curves
 CHECKPOINT_SECONDS = 10  # what a crash costs at the most
 EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; training starts from seed
 NOT_SAVED = ("resume", "evaluate", "render", "push")  # flags that say what to do now, not how the agent was trained
@@ -457,6 +457,7 @@ def train(args, run_folder):
     last_checkpoint = time.monotonic()
     first_step = global_step
     returns, lengths = [], []  # of the episodes since the last point of the curves
+    learning_rate, gamma = args.learning_rate, args.gamma
     env.reset(seed=env_seed)
     with (
         contextlib.closing(env),
@@ -471,7 +472,7 @@ def train(args, run_folder):
             while not done:
                 action = epsilon_greedy_policy(qtable, state, epsilon, rng)
                 next_state, reward, terminated, truncated, _ = env.step(action)
-                q_learning_update(qtable, state, action, reward, next_state, terminated, args.learning_rate, args.gamma)
+                q_learning_update(qtable, state, action, reward, next_state, terminated, learning_rate, gamma)
                 state = next_state
                 episode_return += reward
                 episode_length += 1

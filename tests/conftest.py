@@ -81,6 +81,7 @@ class Shell:
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
+            "OMP_NUM_THREADS": "1",  # two tests run at a time
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT / "tests" / "fast_retries"),
         }

@@ -34,10 +34,12 @@ class Script(NamedTuple):
     load: str  # how to load that, if it can be trusted
     tags: set  # of the card, besides the environment
     extras: set = frozenset()  # files that only this script packages
+    policy: str = "script.make_policy(agent)"  # what was scored
 
 
 COURSE_TAGS = {"reinforcement-learning", "custom-implementation"}
 SMALL = "--env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
+MARIO = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --deterministic-eval True"
 SCRIPTS = {
     "ppo.py": Script(
         flags=f"{SMALL} --total-timesteps 1024 --n-eval-episodes 2",
@@ -60,6 +62,14 @@ SCRIPTS = {
         model="model.pt",
         load="torch.load(path)",
         tags={*COURSE_TAGS, "reinforce", "deep-rl-class"},
+    ),
+    "ppo_mario.py": Script(
+        flags=f"{MARIO} --total-timesteps 32 --n-eval-episodes 1",
+        longer=f"{MARIO} --total-timesteps 320 --n-eval-episodes 2",
+        model="model.pt",
+        load="torch.load(path)",
+        tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
+        policy="script.make_policy(agent, deterministic=True)",
     ),
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "2"))
@@ -179,14 +189,14 @@ repo_id, path, model_file, n = sys.argv[1:]
 import pickle, torch
 score = script.main(["--evaluate", repo_id])
 agent, env = script.load_agent(repo_id)
-again = script.evaluate_agent(env, script.make_policy(agent), int(n), range(1_000_001, 1_000_001 + int(n)))
+again = script.evaluate_agent(env, {policy}, int(n), range(1_000_001, 1_000_001 + int(n)))
 print(json.dumps([score, again, same(script.load_from_hub(repo_id, model_file), {load})]))
 """
 
 
 def test_a_clean_process_loads_it_back_to_the_same_score(trained, shell, hub, tmp_path):
     script, run = trained
-    code = LOAD_BACK.format(module=Path(script).stem, load=SCRIPTS[script].load)
+    code = LOAD_BACK.format(module=Path(script).stem, load=SCRIPTS[script].load, policy=SCRIPTS[script].policy)
     model, n = SCRIPTS[script].model, run.results["n_eval_episodes"]
     command = [sys.executable, "-c", code, run.repo_id, run.package / model, model, n]
     result = shell.run(command, tmp_path, HF_HOME=str(tmp_path / "home"), HF_TOKEN=None, PYTHONPATH=str(ROOT))
@@ -437,8 +447,11 @@ def state_of(run_folder):
         points = {tag: [event.step for event in curves.Scalars(tag)] for tag in curves.Tags()["scalars"]}
         assert all(steps == sorted(set(steps)) for steps in points.values())
         return state | {tag: len(steps) for tag, steps in points.items()}
-    for tag in set(curves.Tags()["scalars"]) - {"charts/episodic_return", "charts/episodic_length"}:
-        state[tag] = [event.step for event in curves.Scalars(tag)]  # those two only where an episode ended
+    where_episodes_ended = {
+        f"charts/{name}" for name in ("episodic_return", "episodic_length", "furthest_x", "flag_rate")
+    }
+    for tag in set(curves.Tags()["scalars"]) - where_episodes_ended:
+        state[tag] = [event.step for event in curves.Scalars(tag)]
     return state
 
 
@@ -482,7 +495,8 @@ def check_resumed(script, shell, cwd, undisturbed):
     files = {path for path in files_of(run_folder / "hub") if not path.startswith("logs/")}
     assert files == {path for path in package if not path.startswith("logs/")}
     assert not (run_folder / "hub.partial").exists()
-    assert json.loads((run_folder / "hub" / "hyperparameters.json").read_text())["n_eval_episodes"] == 20
+    n_eval_episodes = json.loads((run_folder / "hub" / "hyperparameters.json").read_text())["n_eval_episodes"]
+    assert SCRIPTS[script].longer.endswith(f"--n-eval-episodes {n_eval_episodes}")
 
 
 @every_script

@@ -67,13 +67,18 @@ def test_the_header_lists_what_the_script_imports_in_the_ranges_of_requirements_
 
     roots = {node.names[0].name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)}
     roots |= {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
-    packages = {"PIL": "pillow"}  # where the import has another name
+    packages = {"PIL": "pillow", "cv2": "opencv-python-headless"}  # where the import has another name
     imported = {packages.get(root.split(".")[0], root.split(".")[0].replace("_", "-")) for root in roots}
     listed = {name.replace("_", "-") for name in requirements(block["dependencies"])}
-    optional = {"wandb", "IPython"}
+    optional = {
+        "wandb",
+        "IPython",
+        "pygame",
+    }  # pygame: gymnasium's play and HumanRendering want it, and its extras bring it
     third_party = {name for name in imported if name.replace("-", "_") not in sys.stdlib_module_names} - optional
-    # imageio-ffmpeg is imageio's backend for MP4: imported by it, not by us; torch brings the TensorBoard writer.
-    assert third_party == listed - {"imageio-ffmpeg", "tensorboard"}
+    # imageio-ffmpeg is imageio's backend for MP4: imported by it, not by us; torch brings the TensorBoard writer; of
+    # gym-super-mario-bros only the game's file is used.
+    assert third_party == listed - {"imageio-ffmpeg", "tensorboard", "gym-super-mario-bros"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
