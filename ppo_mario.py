@@ -58,19 +58,25 @@ import warnings
 from collections import deque
 from pathlib import Path
 
-import cv2
-import gymnasium as gym
-import imageio.v2 as imageio
-import numpy as np
-import stable_retro
-import torch
-from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from wasabi import Printer, color
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in a notebook without widgets; its bar is text
+try:
+    import cv2
+    import gymnasium as gym
+    import imageio.v2 as imageio
+    import numpy as np
+    import stable_retro
+    import torch
+    from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+    from torch import nn
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+    from wasabi import Printer, color
+except ModuleNotFoundError as missing:
+    needed = re.findall(r'(?m)^#     (".+"),$', "".join(linecache.getlines(sys._getframe().f_code.co_filename)))
+    pip = "%pip" if "IPython" in sys.modules else "pip"
+    sys.exit(f"error: {missing}; what this script needs: {pip} install {' '.join(needed)}")
 
 SCRIPT = "ppo_mario.py"  # the name of this file in the package
 ALGORITHM = "PPO"
@@ -140,7 +146,7 @@ def parse_args(argv=None):
     flag(
         "--action-set",
         choices=ACTION_SETS,
-        default="simple",
+        default="right",
         help="what the agent can press: run right, ... everything",
     )
     flag(
@@ -255,7 +261,7 @@ ACTION_SETS = {  # the original's three lists: A jumps, B runs
         "", "RIGHT", "RIGHT A", "RIGHT B", "RIGHT A B", "A", "LEFT", "LEFT A", "LEFT B", "LEFT A B", "DOWN", "UP",
     ],
 }  # fmt: skip
-KEYS = {"up": "UP", "down": "DOWN", "left": "LEFT", "right": "RIGHT", "z": "B", "x": "A", "return": "START"}
+KEYS = {"UP": "UP", "DOWN": "DOWN", "LEFT": "LEFT", "RIGHT": "RIGHT", "z": "B", "x": "A", "RETURN": "START"}  # --play
 
 ROMS = [  # the version of an environment's id says how much is drawn: its file in gym-super-mario-bros, and the SHA-1
     ("super-mario-bros.nes", "ab30029efec6ccfc5d65dfda7fbc6e6489a80805"),  # -v0: everything
@@ -555,44 +561,36 @@ class CountFlags(gym.Wrapper):
         return {"flag_rate": self.flags / self.episodes}
 
 
-def make_env(env_id, action_set="simple", rom=None, render_mode=None, stuck_steps=None):
+def make_game(env_id, action_set, rom=None):
+    """Make the bare game, whose steps are frames. Exits with one line where there is no such stage, or not its ROM.
+
+    It is made from the class and not by its id, which a worker process need not know: where processes are spawned, a
+    class of a notebook comes with the job, but what the notebook registered does not.
+    """
+    if env_id not in IDS:
+        fail(f"--env-id {env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
+    world, stage, version = IDS[env_id]
+    try:
+        return SuperMarioBros(world, stage, version, action_set, rom, "rgb_array")
+    except gym.error.Error as error:
+        fail(f"--env-id {env_id}: {error}")
+
+
+def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps=None):
     """Make one environment with its wrappers: observations are (STACK, SIDE, SIDE) uint8, steps SKIP frames long.
 
     stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. Exits with one line
-    where there is no such environment, or not its ROM.
+    where `make_game` does.
     """
     if render_mode == "human" and not has_display():
         fail("--render opens a window, and there is no display here")
-    if env_id not in IDS:
-        fail(f"--env-id {env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
-    # Made from the class and not by its id, which a worker process need not know: where processes are spawned, a class
-    # of a notebook comes with the job, but what the notebook registered does not.
-    world, stage, version = IDS[env_id]
-    try:
-        env = SuperMarioBros(world, stage, version, action_set, rom, "rgb_array")
-    except gym.error.Error as error:
-        fail(f"--env-id {env_id}: {error}")
+    env = make_game(env_id, action_set, rom)
     if render_mode == "human":
         env = gym.wrappers.HumanRendering(env)
     env = SkipFrames(env)
     if stuck_steps is not None:
         env = EndWhenStuck(ShapeReward(env), stuck_steps)
     return CountFlags(gym.wrappers.FrameStackObservation(SmallGrey(env), STACK))
-
-
-def play(args):
-    """--play: the keyboard is the controller, until the window is closed or Escape pressed."""
-    if not has_display():
-        fail("--play opens a window, and there is no display here")
-    from gymnasium.utils.play import play as play_in_window  # brings pygame, which nothing else here needs
-    from pygame import key
-
-    combinations = [c for n in range(4) for c in itertools.combinations(KEYS, n)]
-    action_set = [" ".join(KEYS[name] for name in names) for names in combinations]
-    keys_to_action = {tuple(key.key_code(name) for name in names): i for i, names in enumerate(combinations)}
-    world, stage, version = IDS[args.env_id]
-    env = SuperMarioBros(world, stage, version, action_set, args.rom, "rgb_array")
-    play_in_window(env, zoom=1.5, keys_to_action=keys_to_action, noop=0)
 
 
 def make_worker_env(*args):
@@ -633,7 +631,7 @@ class Agent(nn.Module):
 
 
 def features():
-    """The layers of Mnih et al. (2015) with half their channels, in half the time: (B, STACK, SIDE, SIDE) -> (B, 512)."""
+    """The network of Mnih et al. (2015) with half its channels, for half the time: pixels to (B, 512)."""
     return nn.Sequential(
         layer_init(nn.Conv2d(STACK, 16, kernel_size=8, stride=4)),
         nn.ReLU(),
@@ -1100,6 +1098,22 @@ def evaluate(env, policy, args, seeds, video_fps=None, metrics=dict):
     return mean_reward, std_reward
 
 
+def play(env_id, rom=None):
+    """--play: the keyboard is the controller, until the window is closed or Escape is pressed."""
+    if not has_display():
+        fail("--play opens a window, and there is no display here")
+    import pygame  # which gymnasium's rendering uses too; learning does not
+
+    with warnings.catch_warnings(action="ignore"):  # it would like to plot as well
+        from gymnasium.utils import play as keyboard
+
+    combinations = [names for n in range(1, 5) for names in itertools.combinations(KEYS, n)]  # of keys held at a time
+    action_set = ["", *(" ".join(KEYS[name] for name in names) for names in combinations)]
+    actions = {tuple(getattr(pygame, f"K_{name}") for name in names): i for i, names in enumerate(combinations, 1)}
+    with contextlib.closing(make_game(env_id, action_set, rom)) as env:
+        keyboard.play(env, zoom=1.5, keys_to_action=actions, noop=0)
+
+
 def print_score(mean_reward, std_reward, n_eval_episodes, metrics):
     """The score, what the course's leaderboard makes of it, and {name: value} of further metrics."""
     score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f}"
@@ -1186,7 +1200,7 @@ def resumable(run_folder):
 
     def go_on():
         has_begun = (run_folder / "checkpoint.pt").exists()
-        return f"go on with: python {SCRIPT} --resume {run_folder}" if has_begun else "training had not begun"
+        return f"go on with: {command('--resume', run_folder)}" if has_begun else "training had not begun"
 
     asked_to_stop.clear()
     # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
@@ -1416,7 +1430,7 @@ def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=Non
     """Upload a package; logs of an earlier push are replaced. Exits with the command to try again if it fails."""
     msg.info(f"Uploading {package} to {repo_id}")
     write_model_card(package, repo_id)
-    go_on = f"The package is complete in {package}; push it with: python {SCRIPT} --push {package} --repo-id {repo_id}"
+    go_on = f"The package is complete in {package}; push it with: {command('--push', package, '--repo-id', repo_id)}"
     try:
         with handling_signals(raise_interrupt):
             api = HfApi(token=token)
@@ -1544,7 +1558,18 @@ def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
     line = "error: " + " ".join(str(message).split())
     print(color(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
+    if in_notebook():  # there is no exit code, and SystemExit would show three lines more
+        stop = RuntimeError(line)
+        stop._render_traceback_ = list  # IPython shows what this returns: nothing
+        raise stop
     sys.exit(code)
+
+
+def command(*flags):
+    """How to run this script with these flags from here."""
+    if in_notebook():
+        return f"main({[str(flag) for flag in flags]})"
+    return " ".join(["python", SCRIPT, *map(str, flags)])
 
 
 def first_sentence(error):
@@ -1577,7 +1602,7 @@ def main(argv=None):
     torch.set_num_threads(1)  # one observation at a time is too little to share
     render_mode = "human" if args.render else "rgb_array"
     if args.play:
-        return play(args)
+        return play(args.env_id, args.rom)
     if args.evaluate:
         if args.evaluate == "random":
             env = make_env(args.env_id, args.action_set, args.rom, render_mode)
@@ -1616,14 +1641,14 @@ def main(argv=None):
             )
     if not args.repo_id:
         msg.info("Push it to the Hub:")
-        print(f"  python {SCRIPT} --push {run_folder} --repo-id user/name")  # wasabi would break the line
+        print(f"  {command('--push', run_folder, '--repo-id', 'user/name')}")  # wasabi would break the line
     msg.info("See it play again:")
-    print(f"  python {SCRIPT} --evaluate {run_folder}")
+    print(f"  {command('--evaluate', run_folder)}")
     return agent
 
 
 if __name__ == "__main__":
     try:
-        main()
+        agent = main()
     except KeyboardInterrupt:
         fail("Stopped", code=128 + signal.SIGINT)

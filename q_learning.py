@@ -55,17 +55,23 @@ import warnings
 from collections import deque
 from pathlib import Path
 
-import gymnasium as gym
-import imageio.v2 as imageio
-import numpy as np
-import torch
-from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
-from PIL import Image, ImageDraw
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from wasabi import Printer, color
+warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in a notebook without widgets; its bar is text
+try:
+    import gymnasium as gym
+    import imageio.v2 as imageio
+    import numpy as np
+    import torch
+    from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+    from PIL import Image, ImageDraw
+    from torch.utils.tensorboard import SummaryWriter
+    from tqdm import tqdm
+    from wasabi import Printer, color
+except ModuleNotFoundError as missing:
+    needed = re.findall(r'(?m)^#     (".+"),$', "".join(linecache.getlines(sys._getframe().f_code.co_filename)))
+    pip = "%pip" if "IPython" in sys.modules else "pip"
+    sys.exit(f"error: {missing}; what this script needs: {pip} install {' '.join(needed)}")
 
 SCRIPT = "q_learning.py"  # the name of this file in the package
 ALGORITHM = "Q-Learning"
@@ -749,7 +755,7 @@ def resumable(run_folder):
 
     def go_on():
         has_begun = (run_folder / "checkpoint.pt").exists()
-        return f"go on with: python {SCRIPT} --resume {run_folder}" if has_begun else "training had not begun"
+        return f"go on with: {command('--resume', run_folder)}" if has_begun else "training had not begun"
 
     asked_to_stop.clear()
     # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
@@ -984,7 +990,7 @@ def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=Non
     """Upload a package; logs of an earlier push are replaced. Exits with the command to try again if it fails."""
     msg.info(f"Uploading {package} to {repo_id}")
     write_model_card(package, repo_id)
-    go_on = f"The package is complete in {package}; push it with: python {SCRIPT} --push {package} --repo-id {repo_id}"
+    go_on = f"The package is complete in {package}; push it with: {command('--push', package, '--repo-id', repo_id)}"
     try:
         with handling_signals(raise_interrupt):
             api = HfApi(token=token)
@@ -1104,7 +1110,18 @@ def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
     line = "error: " + " ".join(str(message).split())
     print(color(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
+    if in_notebook():  # there is no exit code, and SystemExit would show three lines more
+        stop = RuntimeError(line)
+        stop._render_traceback_ = list  # IPython shows what this returns: nothing
+        raise stop
     sys.exit(code)
+
+
+def command(*flags):
+    """How to run this script with these flags from here."""
+    if in_notebook():
+        return f"main({[str(flag) for flag in flags]})"
+    return " ".join(["python", SCRIPT, *map(str, flags)])
 
 
 def first_sentence(error):
@@ -1170,14 +1187,14 @@ def main(argv=None):
         print(policy)
     if not args.repo_id:
         msg.info("Push it to the Hub:")
-        print(f"  python {SCRIPT} --push {run_folder} --repo-id user/name")  # wasabi would break the line
+        print(f"  {command('--push', run_folder, '--repo-id', 'user/name')}")  # wasabi would break the line
     msg.info("See it play again:")
-    print(f"  python {SCRIPT} --evaluate {run_folder}")
+    print(f"  {command('--evaluate', run_folder)}")
     return agent
 
 
 if __name__ == "__main__":
     try:
-        main()
+        agent = main()
     except KeyboardInterrupt:
         fail("Stopped", code=128 + signal.SIGINT)

@@ -39,7 +39,7 @@ class Script(NamedTuple):
 
 COURSE_TAGS = {"reinforcement-learning", "custom-implementation"}
 SMALL = "--env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
-MARIO = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --deterministic-eval True"
+MARIO = "--env-id SuperMarioBros-1-3-v0 --deterministic-eval True --num-envs 2 --num-steps 16 --num-minibatches 2"
 SCRIPTS = {
     "ppo.py": Script(
         flags=f"{SMALL} --total-timesteps 1024 --n-eval-episodes 2",
