@@ -328,8 +328,8 @@ class SuperMarioBros(gym.Env):
         self.skip_start_screen()
         self.first_state, self.first_screen = self.emulator.get_state(), self.emulator.get_screen()
 
-    # The console's memory: an address, and where there are more than one digit or byte, how to read them. To know more
-    # of the game, add a line here and a name in `step`: the addresses are at https://datacrystal.tcrf.net.
+    # To know more of the game, add a line to `info`, such as "speed": self.read(0x0057), a name and an address in
+    # the console's memory. There is a map of it at https://datacrystal.tcrf.net/wiki/Super_Mario_Bros./RAM_map.
     def read(self, address, kind="|u1"):
         """The number at this address; kind: |u1 is a byte, >n3 three decimal digits in a byte each."""
         return self.memory.extract(address, kind)
@@ -361,9 +361,10 @@ class SuperMarioBros(gym.Env):
 
     def is_at_flag(self):
         """Whether the stage is finished: a castle's end, or sliding down its flagpole (0x31; Bowser is 0x2D)."""
-        sliding = self.read(0x001D) == 3  # climbing a vine is 3 as well, so a flagpole must be near
-        near = any(self.read(slot) in (0x2D, 0x31) for slot in range(0x0016, 0x001B))
-        return self.is_world_over() or (sliding and near)
+        if self.read(0x001D) != 3:
+            return self.is_world_over()
+        # Climbing a vine is 3 as well as sliding, so one of the five enemies around must be the flagpole.
+        return self.is_world_over() or any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
 
     def advance(self, mask):
         """Emulate one frame with these buttons pressed."""
@@ -404,17 +405,18 @@ class SuperMarioBros(gym.Env):
         self.advance(self.masks[action])
         x, clock = self.x(), self.clock()
         progress = x - self.last_x if abs(x - self.last_x) <= 5 else 0  # a jump is another area, not a way gone
-        reward = progress + min(clock - self.last_clock, 0) - 25 * self.is_dying()
+        dying = self.is_dying()
+        reward = progress + min(clock - self.last_clock, 0) - 25 * dying
         self.last_x, self.last_clock = x, clock
         info = self.info()
         if self.world is None:
-            terminated = self.read(0x075A) == 0xFF  # no lives left
+            terminated = info["life"] == 0xFF  # none left
         else:
-            terminated = self.is_dying() or info["flag_get"]
+            terminated = dying or info["flag_get"]
         if not terminated:
             self.skip_scenes()
         self.screen = self.emulator.get_screen()
-        return self.screen, float(np.clip(reward, -15, 15)), terminated, False, info
+        return self.screen, float(min(max(reward, -15), 15)), terminated, False, info
 
     def skip_scenes(self):
         """Pass over what cannot be played: dying, entering pipes, the walk into the castle, black screens."""

@@ -12,44 +12,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Script(NamedTuple):
-    small: list  # flags of a run of about a second
-    long: list  # of one that is still going on when it is interrupted
+    small: str  # flags of a run of about a second
+    long: str  # of one that is still going on when it is interrupted
     play: str  # plays an episode with `agent`
 
 
-MARIO = ["--env-id", "SuperMarioBros-1-3-v0"]  # over treetops, where a beginner falls soon
-MARIO += [
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "16",
-    "--num-minibatches",
-    "2",
-    "--update-epochs",
-    "1",
-    "--n-eval-episodes",
-    "1",
-]
+LANDER = "--env-id LunarLander-v2 --total-timesteps 4096 --num-envs 8 --num-minibatches 8 --n-eval-episodes 1"
+MARIO = "--env-id SuperMarioBros-1-3-v0 --num-envs 2 --num-steps 16 --num-minibatches 2 --n-eval-episodes 1"
 PLAY = "evaluate_agent(env, make_policy(agent), 1, [7])"
 SCRIPTS = {
-    "ppo.py": Script(
-        ["--env-id", "LunarLander-v2", "--total-timesteps", "20000", "--num-envs", "8", "--n-eval-episodes", "2"],
-        ["--total-timesteps", "10000000"],
-        f"env = make_env('LunarLander-v2'); {PLAY}",
-    ),
+    "ppo.py": Script(LANDER, "--total-timesteps 10000000", f"env = make_env('LunarLander-v2'); {PLAY}"),
     "q_learning.py": Script(
-        ["--n-training-episodes", "500", "--n-eval-episodes", "2"],
-        ["--n-training-episodes", "10000000"],
+        "--n-training-episodes 500 --n-eval-episodes 2",
+        "--n-training-episodes 10000000",
         f"env = make_env('FrozenLake-v1'); {PLAY}",
     ),
     "reinforce.py": Script(
-        ["--env-id", "Pixelcopter-PLE-v0", "--n-training-episodes", "16", "--n-eval-episodes", "2"],
-        ["--n-training-episodes", "10000000"],
+        "--env-id Pixelcopter-PLE-v0 --n-training-episodes 16 --n-eval-episodes 2",
+        "--n-training-episodes 10000000",
         f"env = make_env('Pixelcopter-PLE-v0'); {PLAY}",
     ),
     "ppo_mario.py": Script(
-        [*MARIO, "--total-timesteps", "32"],
-        [*MARIO, "--total-timesteps", "10000000"],
+        f"{MARIO} --total-timesteps 32",
+        f"{MARIO} --total-timesteps 10000000",
         f"env = make_env('SuperMarioBros-1-3-v0'); score = {PLAY}; env.close(); score",
     ),
 }
@@ -109,7 +94,7 @@ def kernel(tmp_path, shell):
 
 def small_defaults(script):
     """A cell that stands in for defaults of minutes: what is not a kernel's own argv is the script's."""
-    return f"import sys; sys.argv = ['cell', *{SCRIPTS[script].small}]"
+    return f"import sys; sys.argv = {['cell', *SCRIPTS[script].small.split()]}"
 
 
 def check_run(answer, script):
@@ -147,7 +132,7 @@ def test_a_pasted_script_runs_and_runs_again_and_its_agent_plays(script, kernel)
     assert played.error is None, played.error[1]
     assert re.fullmatch(r"\(-?[\d.]+, 0\.0\)", played.shown[-1]["text/plain"])
 
-    check_run(kernel.run(f"agent = main({SCRIPTS[script].small})"), script)
+    check_run(kernel.run(f"agent = main({SCRIPTS[script].small.split()})"), script)
     again = kernel.run(f"main(['--evaluate', {str(run_folders[0])!r}, '--n-eval-episodes', '1'])")
     assert again.error is None and "mean_reward" in again.stdout
 
@@ -158,7 +143,7 @@ def test_the_kernel_s_interrupt_leaves_a_checkpoint_that_goes_on(script, kernel)
     assert kernel.run((ROOT / script).read_text()).error is None
     (first,) = (kernel.cwd / "runs").iterdir()
 
-    kernel.start(f"main({SCRIPTS[script].long})")
+    kernel.start(f"main({SCRIPTS[script].long.split()})")
     while not (run_folders := set((kernel.cwd / "runs").iterdir()) - {first}):
         time.sleep(0.05)
     (run_folder,) = run_folders
@@ -171,7 +156,7 @@ def test_the_kernel_s_interrupt_leaves_a_checkpoint_that_goes_on(script, kernel)
     assert "Traceback" not in stopped.stderr
 
     resume = stopped.stderr[stopped.stderr.rindex("main(") :].strip()
-    total = "--n-training-episodes" if "episodes" in SCRIPTS[script].long[-2] else "--total-timesteps"
+    total = "--n-training-episodes" if "training-episodes" in SCRIPTS[script].long else "--total-timesteps"
     progress = kernel.run(
         f"checkpoint = load_checkpoint({str(run_folder)!r}); checkpoint.get('episode') or "
         "checkpoint.get('update', 0) * checkpoint['args']['num_envs'] or checkpoint['global_step']"

@@ -1,6 +1,7 @@
 """ppo.py: its math against the definitions, one-update runs through main, what a mistake in the call looks like."""
 
 import json
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -491,6 +492,7 @@ def test_an_interrupted_run_resumes_into_the_steps_and_curves_of_an_undisturbed_
     assert ppo.load_checkpoint(run_folder)["global_step"] == 256
     assert not (run_folder / "hub").exists()
 
+    time.sleep(1)  # TensorBoard reads the events files in the order of the seconds in their names
     ppo.main(["--resume", str(run_folder)])
     assert ppo.load_checkpoint(run_folder)["global_step"] == 1024
     assert scalars(run_folder, "charts/learning_rate") == [

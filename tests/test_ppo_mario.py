@@ -22,19 +22,10 @@ import ppo_mario
 ROOT = Path(__file__).resolve().parent.parent
 RECORDED = np.load(Path(__file__).parent / "data" / "super_mario_bros.npz")
 STAGES = sorted(name.removeprefix("actions_") for name in RECORDED if name.startswith("actions_"))
-SMALL = ["--env-id", "SuperMarioBros-1-3-v0"]  # over treetops, where a beginner falls soon
-SMALL += [
-    "--num-envs",
-    "2",
-    "--num-steps",
-    "16",
-    "--num-minibatches",
-    "2",
-    "--update-epochs",
-    "1",
-    "--n-eval-episodes",
-    "1",
-]
+STAGE = "SuperMarioBros-1-3-v0"  # over treetops, where a beginner falls soon
+SMALL = (
+    f"--env-id {STAGE} --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --n-eval-episodes 1".split()
+)
 ONE_UPDATE = [*SMALL, "--total-timesteps", "32"]
 
 
@@ -354,10 +345,10 @@ def test_one_update_changes_the_parameters_and_leaves_a_complete_run_folder(capf
         assert step == 32 and np.isfinite(value)
 
     results = json.loads((run_folder / "hub" / "results.json").read_text())
-    assert results["env_name"] == "SuperMarioBros-1-3-v0" and results["deterministic_eval"] is False
+    assert results["env_name"] == STAGE and results["deterministic_eval"] is False
     assert set(results["metrics"]) == {"flag_rate"} and 0 <= results["metrics"]["flag_rate"] <= 1
     card = (run_folder / "hub" / "README.md").read_text()
-    assert "- SuperMarioBros-1-3-v0" in card and "type: flag_rate" in card and "sampled actions" in card
+    assert f"- {STAGE}" in card and "type: flag_rate" in card and "sampled actions" in card
     assert "rom" not in json.loads((run_folder / "hub" / "hyperparameters.json").read_text())
 
     video = imageio.get_reader(run_folder / "hub" / "replay.mp4").get_meta_data()
@@ -463,7 +454,7 @@ def test_a_mistake_in_the_call_is_one_line_and_exit_code_2(argv, says, monkeypat
 
 
 def test_the_random_agent_is_scored_and_filmed(capfd):
-    mean, std = ppo_mario.main(["--evaluate", "random", "--env-id", "SuperMarioBros-1-3-v0", "--n-eval-episodes", "1"])
+    mean, std = ppo_mario.main(["--evaluate", "random", "--env-id", STAGE, "--n-eval-episodes", "1"])
     assert std == 0 and mean > 0
     (run_folder,) = run_folders()
     frames = imageio.get_reader(run_folder / "replay.mp4").count_frames()

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import random
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -235,6 +236,7 @@ def test_an_interrupted_run_resumes(monkeypatch):
     checkpoint = q_learning.load_checkpoint(run_folder)
     assert checkpoint["episode"] == 200
 
+    time.sleep(1)  # TensorBoard reads the events files in the order of the seconds in their names
     q_learning.main(["--resume", str(run_folder)])
     assert q_learning.load_checkpoint(run_folder)["episode"] == 500
     events = EventAccumulator(str(run_folder))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -503,6 +504,7 @@ def test_an_interrupted_run_resumes_where_it_was(stop_at_third, kept, monkeypatc
     stopped = reinforce.load_checkpoint(run_folder)
     assert stopped["update"] == kept
 
+    time.sleep(1)  # TensorBoard reads the events files in the order of the seconds in their names
     reinforce.main(["--resume", str(run_folder)])
     assert run_folders() == [run_folder]
     resumed = reinforce.load_checkpoint(run_folder)
