@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -79,6 +80,30 @@ def test_the_header_lists_what_the_script_imports_in_the_ranges_of_requirements_
     # imageio-ffmpeg is imageio's backend for MP4: imported by it, not by us; torch brings the TensorBoard writer; of
     # gym-super-mario-bros only the game's file is used.
     assert third_party == listed - {"imageio-ffmpeg", "tensorboard", "gym-super-mario-bros"}
+
+
+# What Colab ships, by pip-freeze.txt of https://github.com/googlecolab/backend-info (19 August 2026, Python 3.13).
+COLAB = {
+    "torch": "2.11.0+cpu",
+    "gymnasium": "1.3.0",
+    "numpy": "2.1.3",
+    "tensorboard": "2.20.0",
+    "huggingface_hub": "1.27.0",
+    "imageio": "2.37.4",
+    "imageio-ffmpeg": "0.6.0",
+    "pillow": "11.3.0",
+    "opencv-python-headless": "5.0.0.93",
+    "tqdm": "4.67.3",
+    "wasabi": "1.1.3",
+}
+NOT_ON_COLAB = {"stable-retro", "gym-super-mario-bros"}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_colab_ships_need_not_be_replaced(path):
+    for requirement in map(Requirement, header(path)["dependencies"]):
+        if requirement.name not in NOT_ON_COLAB:
+            assert requirement.specifier.contains(COLAB[requirement.name]), requirement
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
