@@ -142,7 +142,7 @@ def parse_args(argv=None):
     flag("--capture-video", **switch, default=False, help="film ten episodes on the way")
 
     flag = parser.add_argument_group("game").add_argument
-    flag("--rom", metavar="PATH", help="the game's .nes file (default: that of the package gym-super-mario-bros)")
+    flag("--rom", metavar="PATH", help="the game's .nes file; without it that of the package gym-super-mario-bros")
     flag(
         "--action-set",
         choices=ACTION_SETS,

@@ -65,7 +65,7 @@ SCRIPTS = {
     ),
     "ppo_mario.py": Script(
         flags=f"{MARIO} --total-timesteps 32 --n-eval-episodes 1",
-        longer=f"{MARIO} --total-timesteps 320 --n-eval-episodes 2",
+        longer=f"{MARIO} --total-timesteps 320 --n-eval-episodes 1",
         model="model.pt",
         load="torch.load(path)",
         tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
