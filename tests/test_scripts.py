@@ -106,6 +106,15 @@ def test_what_colab_ships_need_not_be_replaced(path):
             assert requirement.specifier.contains(COLAB[requirement.name]), requirement
 
 
+def test_the_readme_s_colab_lines_replace_nothing():
+    colab = (ROOT / "README.md").read_text().split("### Colab")[1].split("\n### ")[0]
+    lines = re.findall(r"`%pip install -q (.*?)`", colab)
+    asked = [Requirement(text) for line in lines for text in re.findall(r'"(.*?)"', line)]
+    assert {requirement.name for requirement in asked} == {"gymnasium", *NOT_ON_COLAB}
+    for requirement in asked:
+        assert requirement.name in NOT_ON_COLAB or requirement.specifier.contains(COLAB[requirement.name])
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_stands_alone(path):
     names = {script.stem for script in SCRIPTS}
