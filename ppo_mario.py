@@ -155,7 +155,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("algorithm").add_argument
     flag("--total-timesteps", type=number(int, 1), default=1_000_000, help="steps, all environments together")
-    flag("--learning-rate", type=number(float, 0), default=2.5e-4, help="step size of Adam")
+    flag("--learning-rate", type=number(float, 0), default=5e-4, help="step size of Adam")
     flag("--num-envs", type=number(int, 1), default=8, help="environments side by side, each in its process")
     flag("--num-steps", type=number(int, 1), default=256, help="steps per environment and rollout")
     flag("--anneal-lr", **switch, default=True, help="the learning rate falls linearly to 0")

@@ -403,7 +403,7 @@ def test_an_interrupted_run_resumes_where_it_was(monkeypatch, capfd):
     assert run_folders() == [run_folder] and len(calls) == 4
     assert [step for step, _ in scalars(run_folder, "losses/entropy")] == [32, 64, 96, 128]
     rates = [value for _, value in scalars(run_folder, "charts/learning_rate")]
-    assert rates == pytest.approx([2.5e-4 * (1 - k / 4) for k in range(4)], rel=1e-6)
+    assert rates == pytest.approx([5e-4 * (1 - k / 4) for k in range(4)], rel=1e-6)
 
 
 def children(pid):
