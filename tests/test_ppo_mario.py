@@ -126,6 +126,24 @@ def test_the_whole_game_has_three_lives_and_goes_on_after_a_death():
     env.close()
 
 
+def test_a_run_that_a_trained_agent_finished_reaches_the_flag():
+    actions = np.load(Path(__file__).parent / "data" / "mario_1_1_flag.npy")  # of "right", each held for four frames
+    env = ppo_mario.SuperMarioBros(1, 1, action_set="right")
+    _, info = env.reset()
+    total, terminated, frames = 0.0, False, 0
+    for action in actions.repeat(ppo_mario.SKIP):
+        assert not terminated and not info["flag_get"]
+        _, reward, terminated, _, info = env.step(action)
+        total += reward
+        frames += 1
+        if terminated:
+            break
+    assert terminated and info["flag_get"] and info["x_pos"] == 3161 and info["life"] == 2
+    assert frames > len(actions) * ppo_mario.SKIP - ppo_mario.SKIP
+    assert total == (3161 - 40) - (400 - info["time"])  # the way, less the ticks of the clock
+    env.close()
+
+
 def test_every_action_set_presses_what_it_says():
     env = ppo_mario.SuperMarioBros(1, 1, action_set=["START", "LEFT A B"])
     pressed = [{button for button, on in zip(ppo_mario.BUTTONS, mask) if on} for mask in env.masks]
