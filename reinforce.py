@@ -964,8 +964,10 @@ def read_package(package):
     try:
         results = json.loads((package / "results.json").read_text())
         hyperparameters = json.loads((package / "hyperparameters.json").read_text())
-        ours = {"env_name", "mean_reward", "std_reward", "n_eval_episodes", "deterministic_eval"} <= results.keys()
-    except (OSError, ValueError, AttributeError):
+        measured = [results["mean_reward"], results["std_reward"], *results.get("metrics", {}).values()]
+        ours = {"env_name", "n_eval_episodes", "deterministic_eval"} <= results.keys()
+        ours = ours and all(isinstance(value, int | float) for value in measured)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         ours = False
     if not ours or not isinstance(hyperparameters, dict):
         fail(f"{package} is not a package of {SCRIPT}: its results.json and hyperparameters.json are not those of one")

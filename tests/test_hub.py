@@ -336,7 +336,11 @@ def test_push_has_the_same_checks(trained, shell, hub, tmp_path):
 
 @every_script
 def test_push_of_a_package_that_is_none(script, shell, hub, tmp_path):
-    for results in (b"{}", b"[]", b"not JSON"):
+    words_for_numbers = {"env_name": "x", "mean_reward": "much", "n_eval_episodes": 2, "deterministic_eval": True}
+    list_for_metrics = words_for_numbers | {"mean_reward": 1.0, "std_reward": 0.0, "metrics": [1]}
+    damaged = [json.dumps(results).encode() for results in (words_for_numbers, list_for_metrics)]
+    for results in (b"{}", b"[]", b"not JSON", *damaged):
+        (tmp_path / "hyperparameters.json").write_bytes(b"{}")
         (tmp_path / "results.json").write_bytes(results)
         (tmp_path / SCRIPTS[script].model).write_bytes(b"weights")
         result = shell.script(script, "--push", tmp_path, "--repo-id", "user/no-package", cwd=tmp_path)
