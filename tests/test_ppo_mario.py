@@ -471,6 +471,34 @@ def test_a_mistake_in_the_call_is_one_line_and_exit_code_2(argv, says, monkeypat
     assert not run_folders()
 
 
+def test_playing_takes_the_keyboard_until_escape(monkeypatch):
+    import pygame
+
+    pressed = {10: (pygame.KEYDOWN, pygame.K_RIGHT), 11: (pygame.KEYDOWN, pygame.K_z), 50: (pygame.KEYDOWN, pygame.K_x)}
+    pressed |= {70: (pygame.KEYUP, pygame.K_x), 71: (pygame.KEYUP, pygame.K_z), 72: (pygame.KEYUP, pygame.K_RIGHT)}
+    pressed |= {73: (pygame.KEYDOWN, pygame.K_ESCAPE)}
+    infos = []
+
+    class Fingers(gym.Wrapper):
+        def step(self, action):
+            result = self.env.step(action)
+            infos.append(result[4])
+            if len(infos) in pressed:
+                kind, key = pressed[len(infos)]
+                pygame.event.post(pygame.event.Event(kind, key=key))
+            return result
+
+    make_game = ppo_mario.make_game
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    monkeypatch.setattr(ppo_mario, "has_display", lambda: True)
+    monkeypatch.setattr(ppo_mario, "make_game", lambda *args: Fingers(make_game(*args)))
+    ppo_mario.main(["--play"])
+    x, y = [info["x_pos"] for info in infos], [info["y_pos"] for info in infos]
+    assert len(infos) == 73
+    assert x[9] == x[0] and x[49] > x[9] + 60  # nothing held; running to the right
+    assert y[49] == y[0] and max(y[50:70]) > y[0] + 30  # on the ground; jumping
+
+
 def test_the_random_agent_is_scored_and_filmed(capfd):
     mean, std = ppo_mario.main(["--evaluate", "random", "--env-id", STAGE, "--n-eval-episodes", "1"])
     assert std == 0 and mean > 0
