@@ -1,0 +1,312 @@
+"""Train every task over several seeds, as a user would, keep what came out, and draw it.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/results.py train                   # all tasks; or: train ppo-cartpole ppo-lunarlander
+    python benchmarks/results.py train --jobs 2 reinforce-pixelcopter   # two runs side by side, where time is no matter
+    python benchmarks/results.py ablate --jobs 2         # ppo.py on LunarLander, without one thing at a time
+    python benchmarks/results.py draw                    # docs/learning-curves.png and docs/ablation.png
+    python benchmarks/results.py table                   # the table of the README
+    python benchmarks/results.py film runs/... NAME      # docs/NAME.gif, from a run's replay
+
+Every run is a whole command in a process of its own, in the folder that you are in. What it scored, how long it took
+and its learning curve go to benchmarks/results.json; a run of the same task and seed replaces the older one.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent.resolve()
+ROOT = HERE.parent
+RESULTS = HERE / "results.json"
+DOCS = ROOT / "docs"
+sys.path.insert(0, str(ROOT))
+
+SEEDS = (1, 2, 3, 4, 5)
+TASKS = {  # what the README's table calls it, the command, the seeds
+    "ppo-cartpole": ("CartPole-v1", "ppo.py", SEEDS),
+    "ppo-acrobot": ("Acrobot-v1", "ppo.py --env-id Acrobot-v1", SEEDS),
+    "ppo-lunarlander": ("LunarLander-v2", "ppo.py --env-id LunarLander-v2", SEEDS),
+    "reinforce-cartpole": ("CartPole-v1", "reinforce.py", SEEDS),
+    "reinforce-pixelcopter": ("Pixelcopter-PLE-v0", "reinforce.py --env-id Pixelcopter-PLE-v0", SEEDS[:3]),
+    "q-frozenlake": ("FrozenLake-v1 4x4, no slipping", "q_learning.py", SEEDS),
+    "q-frozenlake-8x8": ("FrozenLake-v1 8x8, no slipping", "q_learning.py --map-name 8x8", SEEDS),
+    "q-frozenlake-slippery": (
+        "FrozenLake-v1 4x4, slippery",
+        "q_learning.py --is-slippery --n-eval-episodes 1000",
+        SEEDS,
+    ),
+    "q-frozenlake8x8": (
+        "FrozenLake8x8-v1, slippery",
+        "q_learning.py --env-id FrozenLake8x8-v1 --n-eval-episodes 1000",
+        SEEDS,
+    ),
+    "q-cliffwalking": ("CliffWalking-v1", "q_learning.py --env-id CliffWalking-v1", SEEDS),
+    "q-taxi": ("Taxi-v3", "q_learning.py --env-id Taxi-v3", SEEDS),
+    "mario-1-1": ("SuperMarioBros-1-1-v0", "ppo_mario.py", SEEDS[:3]),
+}
+WITHOUT = {  # the ablations: what to call them, and what they add to the command
+    "as it is": "",
+    "no truncation": "",  # a time limit counts as failure, see `without_truncation`
+    "no GAE": "--gae False",
+    "no clipping": "--clip-coef 1e6",
+    "no annealing": "--anneal-lr False",
+}
+ABLATED = "ppo.py --env-id LunarLander-v2"
+PATCHED = [
+    "-c",
+    f"import sys; sys.path[:0] = [{str(HERE)!r}]; import results; results.without_truncation(sys.argv[1:])",
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(task, command, seed, jobs, program=()):
+    """Run one command with this seed, and return what is worth keeping of it.
+
+    program: what to start in the script's place, which gets the script's flags.
+    """
+    script, *flags = shlex.split(command)
+    name = f"{task}-seed-{seed}-{time.time_ns()}"
+    flags += ["--seed", str(seed), "--exp-name", name]
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, *(program or [str(ROOT / script)]), *flags], stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        sys.exit(f"error: {command} --seed {seed} ended with exit code {done.returncode}")
+    (run_folder,) = Path("runs").glob(f"*__{name}__*")
+    return summary(task, command, seed, run_folder, seconds, jobs)
+
+
+def summary(task, command, seed, run_folder, seconds, jobs):
+    """What is worth keeping of a finished run: its score, its times, its learning curve."""
+    results = json.loads((run_folder / "hub" / "results.json").read_text())
+    if results["n_eval_episodes"] < 100:
+        results |= score_anew(command.split()[0], run_folder, 100)
+    curves, training_seconds = events_of(run_folder)
+    result = {
+        "task": task,
+        "command": f"python {command} --seed {seed}",
+        "seed": seed,
+        "mean_reward": results["mean_reward"],
+        "std_reward": results["std_reward"],
+        "n_eval_episodes": results["n_eval_episodes"],
+        **results.get("metrics", {}),
+        "training_seconds": round(training_seconds, 1),
+        "command_seconds": round(seconds, 1),
+        "runs_side_by_side": jobs,
+        "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.platform()}",
+        "curve": thin(curves["charts/episodic_return"]),
+    }
+    if "charts/flag_rate" in curves:
+        result["flag_curve"] = thin(curves["charts/flag_rate"])
+        result["eval_flag_curve"] = [[int(step), value] for step, value in curves["eval/flag_rate"]]
+    return result
+
+
+def score_anew(script, run_folder, n_eval_episodes):
+    """The scores of a package over more episodes than it was scored on, in the words of its results.json."""
+    script = importlib.import_module(script.removesuffix(".py"))
+    flags = script.load_hyperparameters(run_folder)
+    seeds = range(flags["seed"] + script.EVAL_SEED, flags["seed"] + script.EVAL_SEED + n_eval_episodes)
+    agent, env = script.load_agent(run_folder)
+    policy = script.make_policy(agent, flags["deterministic_eval"], flags["seed"])
+    mean_reward, std_reward = script.evaluate_agent(env, policy, n_eval_episodes, seeds)
+    metrics = env.flag_rate()
+    env.close()
+    return dict(mean_reward=mean_reward, std_reward=std_reward, n_eval_episodes=n_eval_episodes, metrics=metrics)
+
+
+def events_of(run_folder):
+    """The curves of a run, {tag: [(step, value), ...]}, and the seconds from their first event to their last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
+    curves, times = {}, []
+    for tag in events.Tags()["scalars"]:
+        curves[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+        times += [event.wall_time for event in events.Scalars(tag)]
+    return curves, max(times) - events.Tensors("hyperparameters/text_summary")[0].wall_time
+
+
+def thin(curve, points=100):
+    """A curve as the means of at most so many stretches of equal length in steps: [[step, mean], ...]."""
+    steps, values = np.array(curve, dtype=float).T
+    stretch = np.ceil(steps / steps[-1] * points).astype(int)
+    return [[int(steps[stretch == i].max()), round(float(values[stretch == i].mean()), 4)] for i in np.unique(stretch)]
+
+
+def keep(results):
+    """Put a run's results into the file, in the place of the same task's and seed's."""
+    kept = [run for run in load() if (run["task"], run["seed"]) != (results["task"], results["seed"])]
+    kept = sorted([*kept, results], key=lambda run: (run["task"], run["seed"]))
+    RESULTS.write_text("[\n" + ",\n".join(json.dumps(run) for run in kept) + "\n]\n")
+    print(f"{results['command']}: {results['mean_reward']:.2f} +/- {results['std_reward']:.2f}", flush=True)
+
+
+def load(task=None):
+    """The runs in the file, of one task or all."""
+    runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    return [run for run in runs if task in (None, run["task"])]
+
+
+def without_truncation(argv):
+    """The main of a ppo.py to which a time limit is an end like any other, as it is to CleanRL's."""
+    import gymnasium as gym
+
+    import ppo
+
+    class FailAtTimeLimit(gym.Wrapper):
+        def step(self, action):
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            return observation, reward, terminated or truncated, False, info
+
+    make_env = ppo.make_env
+    ppo.make_env = lambda *args, **kwargs: FailAtTimeLimit(make_env(*args, **kwargs))
+    ppo.main(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw():
+    """docs/learning-curves.png and docs/ablation.png, as far as there are runs."""
+    tasks = [task for task in TASKS if load(task) and task not in ("q-frozenlake-8x8", "q-frozenlake-slippery")]
+    rows = -(-len(tasks) // 4)
+    figure, axes = new_figure(rows, 4, (12, 2.6 * rows))
+    for ax, task in zip(axes.flat, tasks):
+        name, command, _ = TASKS[task]
+        script = command.split()[0]
+        band(ax, load(task), "C0")
+        ax.set_title(f"{name}\n{script}", fontsize=9)
+    for ax in axes.flat[len(tasks) :]:
+        ax.axis("off")
+    for ax in axes[-1]:
+        ax.set_xlabel("steps")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("return of an episode")
+    save(figure, "learning-curves")
+
+    figure, axes = new_figure(1, 1, (8, 4))
+    for i, name in enumerate(WITHOUT):
+        if runs := load(f"ablation: {name}"):
+            scores = [run["mean_reward"] for run in runs]
+            label = f"{name}: {np.mean(scores):.0f} +/- {np.std(scores):.0f} over {len(scores)} seeds"
+            band(axes[0, 0], runs, f"C{i}", label=label)
+    axes[0, 0].set(xlabel="steps", ylabel="return of a training episode", title=f"{ABLATED}, and without ...")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right", title="score of 100 greedy episodes")
+    save(figure, "ablation")
+
+
+def new_figure(rows, columns, size):
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8, "axes.grid": True})
+    plt.rcParams.update({"grid.alpha": 0.3, "axes.formatter.limits": (-3, 4), "axes.formatter.use_mathtext": True})
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def save(figure, name):
+    DOCS.mkdir(exist_ok=True)
+    figure.savefig(DOCS / f"{name}.png", dpi=110)
+    print(DOCS / f"{name}.png")
+
+
+def band(ax, runs, color, label=None):
+    """The mean over the seeds, and from the lowest to the highest."""
+    steps = np.linspace(0, min(run["curve"][-1][0] for run in runs), 101)[1:]
+    curves = np.array([np.interp(steps, *np.array(run["curve"]).T) for run in runs])
+    ax.fill_between(steps, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.2, linewidth=0)
+    ax.plot(steps, curves.mean(axis=0), color=color, linewidth=1.5, label=label)
+
+
+def table():
+    """The results as the README's table has them: all seeds, their mean, the leaderboard's result and the times."""
+    print("| task | command | score | mean - std | training |\n| --- | --- | --- | --- | --- |")
+    for task, (name, command, _) in TASKS.items():
+        if not (runs := load(task)):
+            continue
+        scores = [run["mean_reward"] for run in runs]
+        results = [run["mean_reward"] - run["std_reward"] for run in runs]
+        seconds = [run["training_seconds"] for run in runs]
+        print(
+            f"| {name} | `python {command}` | {np.mean(scores):.2f} +/- {np.std(scores):.2f} over {len(runs)} seeds "
+            f"({' '.join(f'{score:.1f}' for score in scores)}) | {np.mean(results):.2f} "
+            f"({' '.join(f'{result:.1f}' for result in results)}) | {min(seconds):.0f} to {max(seconds):.0f} s "
+            f"(command {max(run['command_seconds'] for run in runs):.0f} s) |"
+        )
+
+
+def film(run_folder, name, seconds=6.0, height=150, fps=20):
+    """docs/NAME.gif: so many seconds of a run's replay, small."""
+    import imageio.v2 as imageio
+    from PIL import Image
+
+    reader = imageio.get_reader(Path(run_folder) / "hub" / "replay.mp4")
+    every = max(round(reader.get_meta_data()["fps"] / fps), 1)
+    frames = [Image.fromarray(frame) for i, frame in enumerate(reader) if i % every == 0][: int(seconds * fps)]
+    width = round(frames[0].width * height / frames[0].height)
+    frames = [frame.resize((width, height), Image.Resampling.LANCZOS).quantize(64, dither=0) for frame in frames]
+    path = DOCS / f"{name}.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, optimize=True)
+    print(f"{path}, {len(frames)} frames, {path.stat().st_size / 1000:.0f} kB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    jobs = parser.add_subparsers(dest="job", required=True)
+    for name in ("train", "ablate"):
+        job = jobs.add_parser(name)
+        job.add_argument("--jobs", type=int, default=1, help="runs side by side; their times are then no measure")
+        job.add_argument("--seeds", type=int, nargs="+", help="by default the task's own")
+        job.add_argument("names", nargs="*", help="by default all of them", metavar="NAME")
+    for name in ("draw", "table"):
+        jobs.add_parser(name)
+    job = jobs.add_parser("film")
+    job.add_argument("run_folder")
+    job.add_argument("name")
+    job.add_argument("--seconds", type=float, default=6.0)
+    options = parser.parse_args()
+
+    if options.job == "draw":
+        return draw()
+    if options.job == "table":
+        return table()
+    if options.job == "film":
+        return film(options.run_folder, options.name, options.seconds)
+    known = TASKS if options.job == "train" else WITHOUT
+    if unknown := set(options.names) - set(known):
+        parser.error(f"no {', '.join(sorted(unknown))} among: {', '.join(known)}")
+    runs = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name in options.names or known:
+            if options.job == "train":
+                _, command, seeds = TASKS[name]
+                task, program = name, ()
+            else:
+                command, seeds = f"{ABLATED} {WITHOUT[name]}".strip(), SEEDS
+                task = f"ablation: {name}"
+                program = PATCHED if name == "no truncation" else ()
+            for seed in options.seeds or seeds:
+                runs.append(pool.submit(train, task, command, seed, options.jobs, program))
+        for finished in as_completed(runs):
+            keep(finished.result())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""How many seconds of wall clock until an agent is good: ppo.py beside Stable-Baselines3, each as tuned as it comes.
+
+    pip install -r requirements.txt -r benchmarks/requirements.txt
+    python benchmarks/time_to_solve.py                   # both tasks, 5 seeds each
+    python benchmarks/time_to_solve.py CartPole-v1 --seeds 1 2
+
+ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters of its zoo (rl-baselines3-zoo,
+hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
+training never used, with the clock stopped; it is done when their mean return reaches the task's bar. Both are judged by
+the same function and have one thread for PyTorch. The clock starts where training starts, after the imports.
+What comes out is printed and kept in benchmarks/time_to_solve.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent.resolve()
+RESULTS = HERE / "time_to_solve.json"
+sys.path.insert(0, str(HERE.parent))
+
+BARS = {"CartPole-v1": 475, "LunarLander-v3": 200}  # what Gymnasium calls solved
+ZOO = {
+    "CartPole-v1": dict(
+        num_envs=8,
+        total_timesteps=100_000,
+        n_steps=32,
+        batch_size=256,
+        gae_lambda=0.8,
+        gamma=0.98,
+        n_epochs=20,
+        ent_coef=0.0,
+        learning_rate=lambda left: 0.001 * left,
+        clip_range=lambda left: 0.2 * left,
+    ),
+    "LunarLander-v3": dict(
+        num_envs=16,
+        total_timesteps=1_000_000,
+        n_steps=1024,
+        batch_size=64,
+        gae_lambda=0.98,
+        gamma=0.999,
+        n_epochs=4,
+        ent_coef=0.01,
+    ),
+}
+
+
+class Solved(Exception):
+    """Raised in the middle of training to end it."""
+
+
+class Judge:
+    """The clock, stopped while the agent is judged."""
+
+    def __init__(self, env_id, total_timesteps):
+        self.env_id, self.every = env_id, total_timesteps // 50
+        self.next, self.judging = self.every, 0.0
+        self.scores = []
+        self.started = time.perf_counter()
+
+    def look(self, steps, make_actor, last=False):
+        """See whether it is time to judge, and if so, judge; make_actor returns a function (N, ...) -> N actions."""
+        if steps < self.next and not last:
+            return
+        stopped = time.perf_counter()
+        self.next += self.every
+        self.scores.append((steps, mean_return(self.env_id, make_actor())))
+        self.judging += time.perf_counter() - stopped
+        if self.scores[-1][1] >= BARS[self.env_id]:
+            raise Solved
+
+    def seconds(self):
+        return time.perf_counter() - self.started - self.judging
+
+
+def mean_return(env_id, actor, episodes=100):
+    """Of so many episodes, played side by side."""
+    envs = gym.vector.SyncVectorEnv([lambda: gym.make(env_id, disable_env_checker=True)] * episodes)
+    observations, _ = envs.reset(seed=1_000_000)
+    returns, playing = np.zeros(episodes), np.ones(episodes, dtype=bool)
+    while playing.any():
+        observations, rewards, terminated, truncated, _ = envs.step(actor(observations).tolist())
+        returns += rewards * playing
+        playing &= ~(terminated | truncated)
+    envs.close()
+    return float(returns.mean())
+
+
+def ours(env_id, seed):
+    """Train with ppo.py; returns the judge. What it looks at is the agent that `train` makes, at each `Progress`."""
+    import ppo
+
+    agents, make_agent, update = [], ppo.Agent, ppo.Progress.update
+
+    def remember(*args):
+        agents.append(make_agent(*args))
+        return agents[-1]
+
+    def update_and_look(progress, now, recent_returns):
+        update(progress, now, recent_returns)
+        judge.look(now, actor, last=now == progress.total)
+
+    def actor():
+        layers = ppo.numpy_layers(agents[0].actor)
+        return lambda observations: ppo.act(layers, observations)
+
+    ppo.Agent, ppo.Progress.update = remember, update_and_look
+    args = ppo.parse_args(["--env-id", env_id, "--seed", str(seed), "--cuda", "False"])
+    judge = Judge(env_id, args.total_timesteps)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Solved):
+        ppo.train(args, Path(folder))
+    return judge
+
+
+def stable_baselines3(env_id, seed):
+    """Train with Stable-Baselines3; returns the judge."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    def actor():
+        return lambda observations: model.predict(observations, deterministic=True)[0]
+
+    class Look(BaseCallback):
+        def _on_rollout_start(self):  # after the update before
+            judge.look(self.num_timesteps, actor)
+
+        def _on_step(self):
+            return True
+
+    torch.set_num_threads(1)
+    settings = dict(ZOO[env_id])
+    total_timesteps = settings.pop("total_timesteps")
+    judge = Judge(env_id, total_timesteps)
+    envs = make_vec_env(env_id, settings.pop("num_envs"), seed=seed)
+    model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    with contextlib.suppress(Solved):
+        model.learn(total_timesteps, callback=Look())
+        judge.look(model.num_timesteps, actor, last=True)
+    return judge
+
+
+def race(train, env_id, seed):
+    """One training: whether it came to the bar, in how many seconds, and the scores on the way."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        judge = train(env_id, seed)
+    solved = judge.scores[-1][1] >= BARS[env_id]
+    return {"seed": seed, "solved": solved, "seconds": round(judge.seconds(), 1), "scores": judge.scores}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("env_ids", nargs="*", metavar="ENV_ID", help=f"of {', '.join(BARS)}; by default both")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    options = parser.parse_args()
+    if unknown := set(options.env_ids) - set(BARS):
+        parser.error(f"no bar for {', '.join(sorted(unknown))}")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for env_id in options.env_ids or BARS:
+        runs = {"ppo.py": [], "Stable-Baselines3": []}
+        for seed in options.seeds:
+            for name, train in zip(runs, (ours, stable_baselines3)):
+                with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own
+                    runs[name].append(pool.apply(race, (train, env_id, seed)))
+        print(
+            f"\n{env_id}, until 100 episodes return {BARS[env_id]} on average\n\n| | median | seconds, seed by seed |"
+        )
+        print("| --- | --- | --- |")
+        for name, results in runs.items():
+            seconds = [str(run["seconds"]) + ("" if run["solved"] else ", not solved") for run in results]
+            print(
+                f"| {name} | {np.median([run['seconds'] for run in results]):.1f} s | {'; '.join(seconds)} |",
+                flush=True,
+            )
+        kept[env_id] = runs
+        RESULTS.write_text(json.dumps(kept) + "\n")
+
+
+if __name__ == "__main__":
+    main()
