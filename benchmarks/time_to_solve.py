@@ -6,7 +6,7 @@
 
 ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters of its zoo (rl-baselines3-zoo,
 hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
-training never used, with the clock stopped; it is done when their mean return reaches the task's bar. Both are judged by
+training never used, with the clock stopped; it is done when their mean return reaches the bar. Both are judged by
 the same function and have one thread for PyTorch. The clock starts where training starts, after the imports.
 What comes out is printed and kept in benchmarks/time_to_solve.json.
 """
