@@ -234,11 +234,9 @@ def mario_actions(frames):
 
 def our_mario(frames):
     """Frames of the Super Mario Bros. of ppo_mario.py, with reward and info."""
-    import gymnasium as gym
+    import ppo_mario
 
-    import ppo_mario  # noqa: F401  registers the ids
-
-    env = gym.make("SuperMarioBros-1-1-v0", action_set="right", disable_env_checker=True)
+    env = ppo_mario.make_game("SuperMarioBros-1-1-v0", "right")
     env.reset()
     started = time.perf_counter()
     for action in mario_actions(frames):
@@ -254,11 +252,11 @@ def nes_py_mario(frames):
     from gym_super_mario_bros.actions import RIGHT_ONLY
     from nes_py.wrappers import JoypadSpace
 
-    env = JoypadSpace(gym_super_mario_bros.make("SuperMarioBros-1-1-v0"), RIGHT_ONLY)
+    env = JoypadSpace(gym_super_mario_bros.make("SuperMarioBros-1-1-v0").unwrapped, RIGHT_ONLY)
     env.reset()
     started = time.perf_counter()
     for action in mario_actions(frames):
-        _, _, done, _ = env.step(action)[:4]
+        _, _, done, _ = env.step(action)
         if done:
             env.reset()
     return frames / (time.perf_counter() - started)
