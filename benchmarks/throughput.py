@@ -345,7 +345,7 @@ def mario_section(options):
     nes_py = {"nes-py": partial(elsewhere, options.nes_py, "nes_py_mario", frames)} if options.nes_py else {}
     return {
         "Super Mario Bros., frames with reward and info": {"ppo_mario.py": partial(our_mario, frames), **nes_py},
-        "PPO on SuperMarioBros-1-1-v0": {"ppo_mario.py": partial(ours, "ppo_mario", "--total-timesteps", "16384")},
+        "PPO on SuperMarioBros-1-1-v0": {"ppo_mario.py": partial(ours, "ppo_mario", "--total-timesteps", "40960")},
     }
 
 
@@ -371,7 +371,7 @@ def run(function):
     process.start()
     sender.close()
     most = 0
-    while not receiver.poll(0.5):
+    while not receiver.poll(2):  # looking costs the run time
         most = max(most, memory(process.pid))
     try:
         return receiver.recv(), most
@@ -382,6 +382,8 @@ def run(function):
 
 
 def send_result(sender, function):
+    # A spawned process would spawn its own workers too; a user's run starts them as the platform does.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     sender.send(function())
 
 
