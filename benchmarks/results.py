@@ -202,6 +202,8 @@ def draw():
         ax.set_ylabel("return of an episode")
     save(figure, "learning-curves")
 
+    if not any(load(f"ablation: {name}") for name in WITHOUT):
+        return
     figure, axes = new_figure(1, 1, (8, 4))
     for i, name in enumerate(WITHOUT):
         if runs := load(f"ablation: {name}"):
@@ -258,12 +260,14 @@ def film(run_folder, name, seconds=6.0, height=150, fps=20):
     from PIL import Image
 
     reader = imageio.get_reader(Path(run_folder) / "hub" / "replay.mp4")
-    every = max(round(reader.get_meta_data()["fps"] / fps), 1)
-    frames = [Image.fromarray(frame) for i, frame in enumerate(reader) if i % every == 0][: int(seconds * fps)]
+    filmed_at = reader.get_meta_data()["fps"]
+    every = max(round(filmed_at / fps), 1)
+    frames = [Image.fromarray(frame) for i, frame in enumerate(reader) if i % every == 0 and i < seconds * filmed_at]
     width = round(frames[0].width * height / frames[0].height)
     frames = [frame.resize((width, height), Image.Resampling.LANCZOS).quantize(64, dither=0) for frame in frames]
     path = DOCS / f"{name}.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // fps, loop=0, optimize=True)
+    durations = [1000 * every / filmed_at] * (len(frames) - 1) + [1000]  # a moment of rest before it starts anew
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
     print(f"{path}, {len(frames)} frames, {path.stat().st_size / 1000:.0f} kB")
 
 
