@@ -420,8 +420,9 @@ def value_loss(values, old_values, returns, clip_coef=None):
     """Half the mean squared error of the critic; with clip_coef, the worse of it and the clipped one. All: (B,)."""
     if clip_coef is None:
         return 0.5 * nn.functional.mse_loss(values, returns)
-    clipped_values = values.clamp(old_values - clip_coef, old_values + clip_coef)
-    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+    # Where the clipped error is the worse, the clipped value is at its limit and has no gradient: none is recorded.
+    clipped_values = values.detach().clamp(old_values - clip_coef, old_values + clip_coef)
+    return 0.5 * (values - returns).square().clamp(min=(clipped_values - returns).square()).mean()
 
 
 def standardise(advantages):
@@ -577,7 +578,7 @@ def train(args, run_folder):
 
                     parameters.grad.zero_()
                     loss.backward()
-                    nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    parameters.grad[None].renorm_(2, 0, args.max_grad_norm)  # clip_grad_norm_, in one kernel
                     optimizer.step()
 
                 approx_kl, old_approx_kl, clipfrac = policy_change(log_probs.detach(), mb_log_probs, args.clip_coef)
@@ -601,6 +602,7 @@ def train(args, run_folder):
                 writer.add_scalar("charts/episodic_return", mean_return, global_step)
                 writer.add_scalar("charts/episodic_length", mean_length, global_step)
                 recent_returns.extend(episode_return for episode_return, _ in finished)
+            writer.flush()  # else TensorBoard's thread writes during the rollout, and takes the GIL at every step of it
             progress.update(global_step, recent_returns)
 
             tenth = (iteration + 1) * 10 // num_iterations

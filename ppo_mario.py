@@ -738,8 +738,9 @@ def value_loss(values, old_values, returns, clip_coef=None):
     """Half the mean squared error of the critic; with clip_coef, the worse of it and the clipped one. All: (B,)."""
     if clip_coef is None:
         return 0.5 * nn.functional.mse_loss(values, returns)
-    clipped_values = values.clamp(old_values - clip_coef, old_values + clip_coef)
-    return 0.5 * torch.max((values - returns).square(), (clipped_values - returns).square()).mean()
+    # Where the clipped error is the worse, the clipped value is at its limit and has no gradient: none is recorded.
+    clipped_values = values.detach().clamp(old_values - clip_coef, old_values + clip_coef)
+    return 0.5 * (values - returns).square().clamp(min=(clipped_values - returns).square()).mean()
 
 
 def standardise(advantages):

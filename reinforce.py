@@ -594,6 +594,7 @@ def train(args, run_folder):
             writer.add_scalar("charts/SPS", steps_per_second, global_step)
             writer.add_scalar("losses/policy_loss", -objective.item(), global_step)
             writer.add_scalar("losses/entropy", entropy.item(), global_step)
+            writer.flush()  # else TensorBoard's thread writes during the episode, and takes the GIL at every step of it
             progress.update((update + 1) * args.num_envs, recent_returns)
 
             tenth = (update + 1) * 10 // num_updates

@@ -309,7 +309,7 @@ def ppo_section(options):
 def num_envs_section(options):
     comparisons = {}
     for num_envs in (1, 2, 4, 8, 16, 32, 64):
-        steps = 25_600 if num_envs < 4 else 65_536
+        steps = 12_800 if num_envs < 4 else 32_768
         comparisons[f"PPO on CartPole-v1, {num_envs} x 128 steps"] = {
             "ppo.py": partial(ours_ppo, "CartPole-v1", steps, num_envs=num_envs),
             "Stable-Baselines3": partial(stable_baselines3, "CartPole-v1", steps, num_envs=num_envs),

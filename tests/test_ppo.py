@@ -144,6 +144,17 @@ def test_value_loss_takes_the_worse_of_the_plain_and_the_clipped_error():
     assert clipped == pytest.approx(0.5 * (0.64 + 0.81 + 4) / 3)
 
 
+def test_value_loss_has_the_gradient_of_the_worse_error():
+    generator = torch.Generator().manual_seed(0)
+    values, old_values, returns = torch.randn(3, 1000, generator=generator, dtype=torch.float64)
+    values.requires_grad_()
+    ppo.value_loss(values, old_values, returns, clip_coef=0.2).backward()
+    for value, old_value, ret, grad in zip(*map(torch.Tensor.tolist, (values, old_values, returns, values.grad))):
+        clipped = min(max(value, old_value - 0.2), old_value + 0.2)
+        expected = value - ret if (value - ret) ** 2 >= (clipped - ret) ** 2 else 0.0  # a clipped value does not move
+        assert grad == pytest.approx(expected / 1000)
+
+
 def test_policy_change_estimates_the_kl_divergence():
     old, new = torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.25, 0.45, 0.3]).log()
     actions = torch.multinomial(old.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
@@ -199,7 +210,10 @@ def test_flat_parameters_train_as_separate_ones_do():
         for agent, optimizer in zip((separate, flat), optimizers, strict=True):
             optimizer.zero_grad(set_to_none=False)
             (agent.actor(observations).square().sum() + agent.critic(observations).square().sum()).backward()
-            torch.nn.utils.clip_grad_norm_(vector if agent is flat else agent.parameters(), 0.5)
+            if agent is flat:
+                vector.grad[None].renorm_(2, 0, 0.5)
+            else:
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.5)
             optimizer.step()
     for name, tensor in separate.state_dict().items():
         torch.testing.assert_close(flat.state_dict()[name], tensor)
