@@ -32,6 +32,7 @@ from pathlib import Path
 HERE = Path(__file__).parent.resolve()
 RESULTS = HERE / "throughput.json"
 sys.path.insert(0, str(HERE.parent))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything runs on the CPU, here and in the processes to come
 
 LUNAR_LANDER = dict(num_envs=16, num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98)  # the course's
 
@@ -45,7 +46,7 @@ def ours(script, *flags):
     """Train with one of the scripts."""
     script = importlib.import_module(script)
     with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-        script.train(script.parse_args([*flags, "--cuda", "False"]), folder)
+        script.train(script.parse_args(list(flags)), folder)
         return last_scalar("charts/SPS", folder)
 
 
@@ -74,7 +75,6 @@ def stable_baselines3(env_id, steps, num_envs=4, num_steps=128, num_minibatches=
             clip_range_vf=0.2,
             ent_coef=0.01,
             tensorboard_log=str(folder),
-            device="cpu",
         )
         started = time.perf_counter()
         model.learn(steps)
@@ -87,7 +87,7 @@ def cleanrl(checkout, env_id, steps, **settings):
 
     torch.set_num_threads(1)
     with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
-        sys.argv = ["ppo.py", "--no-cuda", *ppo_flags(env_id, steps, **settings)]
+        sys.argv = ["ppo.py", *ppo_flags(env_id, steps, **settings)]
         runpy.run_path(str(Path(checkout) / "cleanrl" / "ppo.py"), run_name="__main__")
         return last_scalar("charts/SPS", folder)
 
@@ -197,7 +197,7 @@ def stepping_taxi(episodes):
     args = q_learning.parse_args(["--env-id", "Taxi-v3", "--n-training-episodes", str(episodes)])
     with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
         q_learning.train(args, folder)
-    env = q_learning.make_env("Taxi-v3")
+    env = q_learning.make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps)
     env.reset(seed=args.seed)
     actions = iter(played)
     started = time.perf_counter()
@@ -330,7 +330,7 @@ def reinforce_section(options):
 
 
 def q_learning_section(options):
-    episodes = 5_000
+    episodes = 20_000
     return {
         "Q-learning on Taxi-v3": {
             "q_learning.py": partial(ours, "q_learning", "--env-id", "Taxi-v3", "--n-training-episodes", str(episodes)),
