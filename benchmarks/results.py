@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/results.py train                   # all tasks; or: train ppo-cartpole ppo-lunarlander
     python benchmarks/results.py train --jobs 2 reinforce-pixelcopter   # two runs side by side, where time is no matter
-    python benchmarks/results.py ablate --jobs 2         # ppo.py on LunarLander, without one thing at a time
+    python benchmarks/results.py ablate --jobs 2         # ppo-lunarlander, without one thing at a time
     python benchmarks/results.py draw                    # docs/learning-curves.png and docs/ablation.png
     python benchmarks/results.py table                   # the table of the README
     python benchmarks/results.py film runs/... NAME      # docs/NAME.gif, from a run's replay
@@ -55,14 +55,13 @@ TASKS = {  # what the README's table calls it, the command, the seeds
     "q-taxi": ("Taxi-v3", "q_learning.py --env-id Taxi-v3", SEEDS),
     "mario-1-1": ("SuperMarioBros-1-1-v0", "ppo_mario.py", SEEDS[:3]),
 }
+ABLATED = "ppo-lunarlander"
 WITHOUT = {  # the ablations: what to call them, and what they add to the command
-    "as it is": "",
     "no truncation": "",  # a time limit counts as failure, see `without_truncation`
     "no GAE": "--gae False",
     "no clipping": "--clip-coef 1e6",
     "no annealing": "--anneal-lr False",
 }
-ABLATED = "ppo.py --env-id LunarLander-v2"
 PATCHED = [
     "-c",
     f"import sys; sys.path[:0] = [{str(HERE)!r}]; import results; results.without_truncation(sys.argv[1:])",
@@ -205,12 +204,12 @@ def draw():
     if not any(load(f"ablation: {name}") for name in WITHOUT):
         return
     figure, axes = new_figure(1, 1, (8, 4))
-    for i, name in enumerate(WITHOUT):
-        if runs := load(f"ablation: {name}"):
+    for i, (name, task) in enumerate([("as it is", ABLATED), *((name, f"ablation: {name}") for name in WITHOUT)]):
+        if runs := load(task):
             scores = [run["mean_reward"] for run in runs]
             label = f"{name}: {np.mean(scores):.0f} +/- {np.std(scores):.0f} over {len(scores)} seeds"
             band(axes[0, 0], runs, f"C{i}", label=label)
-    axes[0, 0].set(xlabel="steps", ylabel="return of a training episode", title=f"{ABLATED}, and without ...")
+    axes[0, 0].set(xlabel="steps", ylabel="return of a training episode", title=f"{TASKS[ABLATED][1]}, and without ...")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right", title="score of 100 greedy episodes")
     save(figure, "ablation")
 
@@ -303,8 +302,8 @@ def main():
                 _, command, seeds = TASKS[name]
                 task, program = name, ()
             else:
-                command, seeds = f"{ABLATED} {WITHOUT[name]}".strip(), SEEDS
-                task = f"ablation: {name}"
+                _, command, seeds = TASKS[ABLATED]
+                task, command = f"ablation: {name}", f"{command} {WITHOUT[name]}".strip()
                 program = PATCHED if name == "no truncation" else ()
             for seed in options.seeds or seeds:
                 runs.append(pool.submit(train, task, command, seed, options.jobs, program))

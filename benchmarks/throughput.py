@@ -412,9 +412,10 @@ def compare(title, contestants, runs):
     print("| --- | --- | --- | --- | --- |")
     for name, values in rates.items():
         median = statistics.median(values)
-        print(f"| {name} | {first / median:.2f} | {median:,.0f} | {' '.join(map(str, values))} | {peaks[name]} |")
+        all_runs, mib = " ".join(map(str, values)), peaks[name] or "not seen"
+        print(f"| {name} | {first / median:.2f} | {median:,.0f} | {all_runs} | {mib} |")
     sys.stdout.flush()
-    return {name: {"steps_per_second": rates[name], "peak_mib": peaks[name]} for name in contestants}
+    return {name: {"steps_per_second": rates[name], "peak_mib": peaks[name] or None} for name in contestants}
 
 
 def main():

@@ -8,7 +8,8 @@ ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters 
 hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
 training never used, with the clock stopped; it is done when their mean return reaches the bar. Both are judged by
 the same function and have one thread for PyTorch. The clock starts where training starts, after the imports.
-What comes out is printed and kept in benchmarks/time_to_solve.json.
+What comes out is printed and kept in benchmarks/time_to_solve.json, run by run; a run of the same
+seed replaces the older one.
 """
 
 import argparse
@@ -166,25 +167,31 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.env_ids) - set(BARS):
         parser.error(f"no bar for {', '.join(sorted(unknown))}")
-    kept = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for env_id in options.env_ids or BARS:
-        runs = {"ppo.py": [], "Stable-Baselines3": []}
         for seed in options.seeds:
-            for name, train in zip(runs, (ours, stable_baselines3)):
+            for name, train in (("ppo.py", ours), ("Stable-Baselines3", stable_baselines3)):
                 with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own
-                    runs[name].append(pool.apply(race, (train, env_id, seed)))
-        print(
-            f"\n{env_id}, until 100 episodes return {BARS[env_id]} on average\n\n| | median | seconds, seed by seed |"
-        )
-        print("| --- | --- | --- |")
-        for name, results in runs.items():
-            seconds = [str(run["seconds"]) + ("" if run["solved"] else ", not solved") for run in results]
-            print(
-                f"| {name} | {np.median([run['seconds'] for run in results]):.1f} s | {'; '.join(seconds)} |",
-                flush=True,
-            )
-        kept[env_id] = runs
-        RESULTS.write_text(json.dumps(kept) + "\n")
+                    keep(env_id, name, pool.apply(race, (train, env_id, seed)))
+        print(f"\n{env_id}, until 100 episodes return {BARS[env_id]} on average\n")
+        print("| | median | seconds, seed by seed |\n| --- | --- | --- |")
+        for name, runs in load()[env_id].items():
+            seconds = [str(run["seconds"]) if run["solved"] else f"not in {run['seconds']}" for run in runs]
+            median = np.median([run["seconds"] if run["solved"] else np.inf for run in runs])
+            print(f"| {name} | {median:.1f} s | {'; '.join(seconds)} |", flush=True)
+
+
+def load():
+    """All that was ever measured: {environment: {contestant: [a run, ...]}}."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def keep(env_id, name, run):
+    """Put a run into the file, in the place of the same seed's."""
+    kept = load()
+    others = [other for other in kept.setdefault(env_id, {}).get(name, []) if other["seed"] != run["seed"]]
+    kept[env_id][name] = sorted([*others, run], key=lambda run: run["seed"])
+    RESULTS.write_text(json.dumps(kept) + "\n")
+    print(f"{env_id}, {name}, seed {run['seed']}: {run['seconds']} s, score {run['scores'][-1][1]:.0f}", flush=True)
 
 
 if __name__ == "__main__":
