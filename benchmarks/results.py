@@ -20,8 +20,9 @@ import platform
 import shlex
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ ROOT = HERE.parent
 RESULTS = HERE / "results.json"
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(ROOT))
+keeping = threading.Lock()  # one at a time changes the file
 
 SEEDS = (1, 2, 3, 4, 5)
 TASKS = {  # what the README's table calls it, the command, the seeds
@@ -74,12 +76,12 @@ PATCHED = [
 
 
 def train(task, command, seed, jobs, program=()):
-    """Run one command with this seed, and return what is worth keeping of it.
+    """Run one command with this seed, and keep what is worth keeping of it.
 
     program: what to start in the script's place, which gets the script's flags.
     """
     script, *flags = shlex.split(command)
-    name = f"{task}-seed-{seed}-{time.time_ns()}"
+    name = f"seed-{seed}-{time.time_ns()}"  # by which its folder is found
     flags += ["--seed", str(seed), "--exp-name", name]
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *(program or [str(ROOT / script)]), *flags], stdout=subprocess.DEVNULL)
@@ -87,7 +89,9 @@ def train(task, command, seed, jobs, program=()):
     if done.returncode:
         sys.exit(f"error: {command} --seed {seed} ended with exit code {done.returncode}")
     (run_folder,) = Path("runs").glob(f"*__{name}__*")
-    return summary(task, command, seed, run_folder, seconds, jobs)
+    results = summary(task, command, seed, run_folder, seconds, jobs)
+    with keeping:
+        keep(results)
 
 
 def summary(task, command, seed, run_folder, seconds, jobs):
@@ -307,8 +311,8 @@ def main():
                 program = PATCHED if name == "no truncation" else ()
             for seed in options.seeds or seeds:
                 runs.append(pool.submit(train, task, command, seed, options.jobs, program))
-        for finished in as_completed(runs):
-            keep(finished.result())
+        for run in runs:
+            run.result()
 
 
 if __name__ == "__main__":
