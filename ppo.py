@@ -86,12 +86,12 @@ asked_to_stop = []  # the signals that came while a run was on
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
 LUNAR_LANDER = dict(
-    total_timesteps=1_200_000,
+    total_timesteps=1_000_000,
     learning_rate=2e-3,
-    num_envs=64,
+    anneal_lr=False,
+    num_envs=32,
     num_steps=256,
-    num_minibatches=32,
-    update_epochs=5,
+    num_minibatches=16,
     gamma=0.999,
     gae_lambda=0.98,
     clip_vloss=False,

@@ -3,7 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/results.py train                   # all tasks; or: train ppo-cartpole ppo-lunarlander
     python benchmarks/results.py train --jobs 2 reinforce-pixelcopter   # two runs side by side, where time is no matter
-    python benchmarks/results.py ablate --jobs 2         # ppo-lunarlander, without one thing at a time
+    python benchmarks/results.py ablate --jobs 2         # ppo-lunarlander, changed in one thing at a time
     python benchmarks/results.py draw                    # docs/learning-curves.png and docs/ablation.png
     python benchmarks/results.py table                   # the table of the README
     python benchmarks/results.py film runs/... NAME      # docs/NAME.gif, from a run's replay
@@ -58,11 +58,11 @@ TASKS = {  # what the README's table calls it, the command, the seeds
     "mario-1-1": ("SuperMarioBros-1-1-v0", "ppo_mario.py", SEEDS[:3]),
 }
 ABLATED = "ppo-lunarlander"
-WITHOUT = {  # the ablations: what to call them, and what they add to the command
+CHANGES = {  # what each ablation is called, and what it adds to the command
     "no truncation": "",  # a time limit counts as failure, see `without_truncation`
     "no GAE": "--gae False",
     "no clipping": "--clip-coef 1e6",
-    "no annealing": "--anneal-lr False",
+    "with annealing": "--anneal-lr True",  # TUNED keeps the learning rate constant
 }
 PATCHED = [
     "-c",
@@ -205,15 +205,16 @@ def draw():
         ax.set_ylabel("return of an episode")
     save(figure, "learning-curves")
 
-    if not any(load(f"ablation: {name}") for name in WITHOUT):
+    if not any(load(f"ablation: {name}") for name in CHANGES):
         return
     figure, axes = new_figure(1, 1, (8, 4))
-    for i, (name, task) in enumerate([("as it is", ABLATED), *((name, f"ablation: {name}") for name in WITHOUT)]):
+    for i, (name, task) in enumerate([("as it is", ABLATED), *((name, f"ablation: {name}") for name in CHANGES)]):
         if runs := load(task):
             scores = [run["mean_reward"] for run in runs]
             label = f"{name}: {np.mean(scores):.0f} +/- {np.std(scores):.0f} over {len(scores)} seeds"
             band(axes[0, 0], runs, f"C{i}", label=label)
-    axes[0, 0].set(xlabel="steps", ylabel="return of a training episode", title=f"{TASKS[ABLATED][1]}, and without ...")
+    axes[0, 0].set_title(f"{TASKS[ABLATED][1]}, and one change at a time")
+    axes[0, 0].set(xlabel="steps", ylabel="return of a training episode")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right", title="score of 100 greedy episodes")
     save(figure, "ablation")
 
@@ -296,7 +297,7 @@ def main():
         return table()
     if options.job == "film":
         return film(options.run_folder, options.name, options.seconds)
-    known = TASKS if options.job == "train" else WITHOUT
+    known = TASKS if options.job == "train" else CHANGES
     if unknown := set(options.names) - set(known):
         parser.error(f"no {', '.join(sorted(unknown))} among: {', '.join(known)}")
     runs = []
@@ -307,7 +308,7 @@ def main():
                 task, program = name, ()
             else:
                 _, command, seeds = TASKS[ABLATED]
-                task, command = f"ablation: {name}", f"{command} {WITHOUT[name]}".strip()
+                task, command = f"ablation: {name}", f"{command} {CHANGES[name]}".strip()
                 program = PATCHED if name == "no truncation" else ()
             for seed in options.seeds or seeds:
                 runs.append(pool.submit(train, task, command, seed, options.jobs, program))
