@@ -449,6 +449,29 @@ def test_evaluation_plays_each_seed_once_in_order_and_sums_rewards():
     assert seeds_seen == [7, 5, 6]
 
 
+def test_the_score_is_of_a_fresh_environment_and_seeds_that_training_never_used(monkeypatch):
+    resets, trained = [], []  # (environment, seed) of each reset to a seed; of those, the training's
+    make_env, evaluate_agent = ppo.make_env, ppo.evaluate_agent
+
+    class Recording(gym.Wrapper):
+        def reset(self, *, seed=None, options=None):
+            if seed is not None:
+                resets.append((self, seed))
+            return super().reset(seed=seed, options=options)
+
+    def evaluate_after_training(*args):
+        trained.extend(resets)
+        resets.clear()
+        return evaluate_agent(*args)
+
+    monkeypatch.setattr(ppo, "make_env", lambda *args: Recording(make_env(*args)))
+    monkeypatch.setattr(ppo, "evaluate_agent", evaluate_after_training)
+    ppo.main(ONE_UPDATE)
+    assert len(trained) == 4 and len(resets) >= 2  # one per environment; one per episode, and the film's
+    for ours, theirs in zip(zip(*trained), zip(*resets)):
+        assert not set(ours) & set(theirs)
+
+
 @pytest.mark.parametrize("deterministic", ["True", "False"])
 def test_evaluate_gives_the_score_of_the_package_to_the_last_digit(deterministic):
     ppo.main([*ONE_UPDATE, "--deterministic-eval", deterministic])
