@@ -8,8 +8,8 @@ ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters 
 hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
 training never used, with the clock stopped; it is done when their mean return reaches the bar. Both are judged by
 the same function and have one thread for PyTorch. The clock starts where training starts, after the imports.
-What comes out is printed and kept in benchmarks/time_to_solve.json, run by run; a run of the same
-seed replaces the older one.
+What comes out is printed and kept in benchmarks/time_to_solve.json, run by run; a run of the same seed replaces the
+older one.
 """
 
 import argparse
