@@ -190,8 +190,8 @@ def without_truncation(argv):
 def draw():
     """docs/learning-curves.png and docs/ablation.png, as far as there are runs."""
     tasks = [task for task in TASKS if load(task) and task not in ("q-frozenlake-8x8", "q-frozenlake-slippery")]
-    rows = -(-len(tasks) // 4)
-    figure, axes = new_figure(rows, 4, (12, 2.6 * rows))
+    rows = -(-len(tasks) // 5)
+    figure, axes = new_figure(rows, 5, (14, 2.6 * rows))
     for ax, task in zip(axes.flat, tasks):
         name, command, _ = TASKS[task]
         script = command.split()[0]
