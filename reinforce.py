@@ -338,7 +338,6 @@ class Pixelcopter(gym.Env):
         return np.array(state, dtype=np.float32)
 
 
-gym.registry.pop("Pixelcopter-PLE-v0", None)  # a notebook's cell may run twice
 gym.registry.pop("Pixelcopter-PLE-v0", None)  # a notebook cell may run twice
 gym.register("Pixelcopter-PLE-v0", entry_point=Pixelcopter)
 
