@@ -477,7 +477,7 @@ def progress_bar(total, done, unit):
 def save_checkpoint(run_folder, args, **state):
     """Replace the checkpoint by this state, atomically: there is never half of one."""
     buffer = io.BytesIO()  # by itself, torch.save calls a full disk a RuntimeError; here it is an OSError as elsewhere
-    torch.save({"script": SCRIPT, "args": hyperparameters_of(args), **state}, buffer)
+    torch.save({"script": SCRIPT, "args": vars(args), **state}, buffer)
     (run_folder / "checkpoint.tmp").write_bytes(buffer.getvalue())
     os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")
 
@@ -570,8 +570,6 @@ def start_run(args):
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
-    if args.env_id not in TUNED:
-        msg.warn(f"No tuned settings for {args.env_id}: these are the plain defaults")
     if args.track:
         import wandb
 
@@ -580,8 +578,9 @@ def start_run(args):
 
 
 def hyperparameters_of(args):
-    """The flags that say how an agent is trained and scored, as a dict for JSON."""
-    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render")}
+    """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
+    now = ("resume", "evaluate", "render", "play", "rom")
+    return {name: value for name, value in vars(args).items() if name not in now}
 
 
 def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
@@ -721,6 +720,8 @@ def main(argv=None):
             HfApi().whoami()
             args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
             HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
+        if args.env_id not in TUNED:
+            msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
         run_folder = start_run(args)
         agent, global_step = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)

@@ -22,7 +22,7 @@ has the wrappers and the network. The game's memory map and rewards are those of
 #     "torch>=2.6",
 #     "gymnasium[classic-control]>=1.2,<2",
 #     "stable-retro>=1.0,<2; sys_platform != 'win32'",
-#     "gym-super-mario-bros>=7.4,<10; sys_platform != 'win32'",
+#     "gym-super-mario-bros==7.4.0; sys_platform != 'win32'",
 #     "opencv-python-headless>=4.10,<6",
 #     "numpy>=2,<3",
 #     "tensorboard>=2.18,<3",
@@ -32,6 +32,9 @@ has the wrappers and the network. The game's memory map and rewards are those of
 #     "tqdm>=4.66,<5",
 #     "wasabi>=1.1,<2",
 # ]
+#
+# [tool.uv]
+# override-dependencies = ["nes-py; sys_platform == 'never'"]  # the emulator of that package, in C++ and not used
 # ///
 
 import argparse
@@ -83,6 +86,7 @@ ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 MODEL_FILE = "model.pt"
 CHECKPOINT_SECONDS = 30  # what a crash costs at the most, besides the iteration under way
+FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
 EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; training starts from seed, + 1, ...
 NOT_SAVED = ("resume", "evaluate", "render", "push", "play", "rom")  # flags that say what to do now and here
 
@@ -114,7 +118,8 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     flag = first.add_argument_group("what to do").add_argument
-    flag("--env-id", default="SuperMarioBros-1-1-v0", help="SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0")
+    help_env_id = "SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0, the whole game"
+    flag("--env-id", type=full_id, default="SuperMarioBros-1-1-v0", help=help_env_id)
     flag("--tuned", **switch, default=True, help="start from --env-id's row of TUNED")
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
@@ -159,7 +164,6 @@ def parse_args(argv=None):
     flag("--num-envs", type=number(int, 1), default=8, help="environments side by side, each in its process")
     flag("--num-steps", type=number(int, 1), default=256, help="steps per environment and rollout")
     flag("--anneal-lr", **switch, default=True, help="the learning rate falls linearly to 0")
-    flag("--gae", **switch, default=True, help="GAE; False: bootstrapped returns - values")
     flag("--gamma", type=number(float, 0, 1), default=0.95, help="discount factor")
     flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
     flag("--num-minibatches", type=number(int, 1), default=8, help="minibatches per epoch")
@@ -174,20 +178,21 @@ def parse_args(argv=None):
     flag("--target-kl", type=number(float, 0), help="end a rollout's epochs once approx_kl is above this")
 
     flag = parser.add_argument_group("evaluation and the Hugging Face Hub").add_argument
-    flag("--n-eval-episodes", type=number(int, 1), default=20, help="episodes that the score is measured over")
+    flag("--n-eval-episodes", type=number(int, 1), default=100, help="episodes that the score is measured over")
     flag("--deterministic-eval", **switch, default=False, help="argmax; False: sample, as the game has no chance")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
     flag("--render", **switch, default=False, help="with --evaluate: play in a window")
 
     saved = {}
     if known.resume:
-        saved = load_checkpoint(known.resume)["args"]
+        checkpoint = load_checkpoint(known.resume)
+        saved = checkpoint["args"]
     elif known.evaluate and known.evaluate != "random":
         saved = load_hyperparameters(known.evaluate)
     elif known.tuned:
         parser.set_defaults(**TUNED.get(known.env_id, {}))
     # Saved flags go through the parser like those of the command line, which checks their names and values.
-    for name in saved.keys() & set(NOT_SAVED):
+    for name in saved.keys() & set(NOT_SAVED) - {"rom"}:
         fail(f"{known.resume or known.evaluate}: {name} is not among the flags that a run saves")
     saved = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items() if value is not None]
     parser.error = lambda message: fail(f"{known.resume or known.evaluate}: {message}")
@@ -215,6 +220,9 @@ def parse_args(argv=None):
         fail("a minibatch of one step cannot be standardised: fewer --num-minibatches, or --norm-adv False")
     if args.total_timesteps < batch_size:
         fail(f"--total-timesteps {args.total_timesteps} is less than one batch, num_envs * num_steps = {batch_size}")
+    args.total_timesteps -= args.total_timesteps % batch_size  # what is trained are whole batches
+    if known.resume and args.total_timesteps < checkpoint["global_step"]:
+        fail(f"--total-timesteps {args.total_timesteps}: {known.resume} has {checkpoint['global_step']} steps already")
     if args.track:
         try:
             import wandb  # noqa: F401
@@ -280,21 +288,17 @@ def find_rom(version, path=None):
     name, sha1 = ROMS[version]
     if path is None:
         package = importlib.util.find_spec("gym_super_mario_bros")
-        if package is None:
+        path = package and Path(package.origin).parent / "_roms" / name
+        if path is None or not path.is_file():
             raise gym.error.DependencyNotInstalled(
-                'no game: pip install "gym-super-mario-bros>=7.4,<10", or pass your own file with --rom PATH'
-            )
-        path = Path(package.origin).parent / "_roms" / name
-        if not path.is_file():
-            raise gym.error.DependencyNotInstalled(
-                f"the installed gym-super-mario-bros has no {name}: pip install gym-super-mario-bros==7.4.0 has it "
-                "(Python 3.12 and older), or pass your own file with --rom PATH"
+                f"there is no {name} yet: pip install --no-deps gym-super-mario-bros==7.4.0 brings it, "
+                "or pass your own file with --rom PATH"
             )
     path = Path(path)
-    if not path.is_file() or path.suffix != ".nes":
-        raise gym.error.Error(f"--rom {path}: there is no .nes file of that name")
-    if hashlib.sha1(path.read_bytes()).hexdigest() != sha1:
-        raise gym.error.Error(f"{path} is not the {name} that -v{version} is played on: its SHA-1 is not {sha1}")
+    if not path.is_file():
+        raise gym.error.Error(f"--rom {path}: there is no such file")
+    if path.suffix != ".nes" or hashlib.sha1(path.read_bytes()).hexdigest() != sha1:
+        raise gym.error.Error(f"--rom {path}: -v{version} is played on a file .nes whose SHA-1 is {sha1}")
     return path
 
 
@@ -306,13 +310,16 @@ class SuperMarioBros(gym.Env):
     less 25 for a death, within [-15, 15]. With a world (1 to 8) and a stage (1 to 4) an episode is one life there, and
     ends at the flag; without, it is the whole game with its three lives. version: of ROMS; rom: path of a file.
 
-    One emulator fits in one process: `close` it before the next is made.
+    One emulator fits in one process: `close` it before the next is made. Raises gymnasium.error.Error where there is
+    one already, where there is no such action_set, and where `find_rom` does.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 60}  # noqa: RUF012
 
     def __init__(self, world=None, stage=None, version=0, action_set="simple", rom=None, render_mode=None):
-        actions = ACTION_SETS[action_set] if isinstance(action_set, str) else action_set
+        actions = ACTION_SETS.get(action_set) if isinstance(action_set, str) else action_set
+        if actions is None:
+            raise gym.error.Error(f"action_set={action_set!r} is none of {', '.join(ACTION_SETS)}")
         *self.masks, self.nothing, self.start_button = (
             np.array([button in action.split() for button in BUTTONS], dtype=np.uint8)
             for action in [*actions, "", "START"]
@@ -321,7 +328,10 @@ class SuperMarioBros(gym.Env):
         self.observation_space = gym.spaces.Box(0, 255, (224, 240, 3), np.uint8)
         self.render_mode = render_mode
         self.world, self.stage = world, stage
-        self.emulator = stable_retro.RetroEmulator(str(find_rom(version, rom)))
+        try:
+            self.emulator = stable_retro.RetroEmulator(str(find_rom(version, rom)))
+        except RuntimeError as error:
+            raise gym.error.Error(f"{error}, or to put several into a gymnasium.vector.AsyncVectorEnv") from error
         self.game_data = stable_retro.data.GameData()
         self.emulator.configure_data(self.game_data)
         self.memory = self.game_data.memory
@@ -467,8 +477,15 @@ IDS = {f"SuperMarioBros-v{version}": (None, None, version) for version in range(
 for world, stage, version in itertools.product(range(1, 9), range(1, 5), range(len(ROMS))):
     IDS[f"SuperMarioBros-{world}-{stage}-v{version}"] = (world, stage, version)
 for env_id, (world, stage, version) in IDS.items():
-    gym.registry.pop(env_id, None)  # a notebook cell may run twice
-    gym.register(env_id, SuperMarioBros, kwargs={"world": world, "stage": stage, "version": version})
+    kwargs = {"world": world, "stage": stage, "version": version}
+    spec = gym.registry[env_id] = gym.envs.registration.EnvSpec(env_id, SuperMarioBros, kwargs=kwargs)
+    if version > 0:  # or gymnasium.make would advise -v3, the rectangles, to who asks for -v0
+        spec.version = None
+
+
+def full_id(env_id):
+    """The id with its version, -v0 where it has none."""
+    return f"{env_id}-v0" if f"{env_id}-v0" in IDS else env_id
 
 
 class SkipFrames(gym.Wrapper):
@@ -544,23 +561,21 @@ class SmallGrey(gym.ObservationWrapper):
 
 
 class CountFlags(gym.Wrapper):
-    """Note how many episodes ended at the flag, for the score."""
+    """Note in `flags` for each episode whether it ended at the flag."""
 
-    episodes = flags = 0
-    at_flag = False  # how the last one ended
+    def __init__(self, env):
+        super().__init__(env)
+        self.flags = []
 
     def step(self, action):
-        result = self.env.step(action)
-        _, _, terminated, truncated, info = result
+        observation, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
-            self.at_flag = info["flag_get"]
-            self.episodes += 1
-            self.flags += self.at_flag
-        return result
+            self.flags.append(info["flag_get"])
+        return observation, reward, terminated, truncated, info
 
     def flag_rate(self):
         """The share of the episodes so far that ended at the flag, as a metric of the score."""
-        return {"flag_rate": self.flags / self.episodes}
+        return {"flag_rate": float(np.mean(self.flags))}
 
 
 def make_game(env_id, action_set, rom=None):
@@ -569,9 +584,9 @@ def make_game(env_id, action_set, rom=None):
     It is made from the class and not by its id, which a worker process need not know: where processes are spawned, a
     class of a notebook comes with the job, but what the notebook registered does not.
     """
-    if env_id not in IDS:
+    if full_id(env_id) not in IDS:
         fail(f"--env-id {env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
-    world, stage, version = IDS[env_id]
+    world, stage, version = IDS[full_id(env_id)]
     try:
         return SuperMarioBros(world, stage, version, action_set, rom, "rgb_array")
     except gym.error.Error as error:
@@ -712,18 +727,6 @@ def compute_gae(rewards, values, dones, last_value, gamma, gae_lambda):
     return advantages, advantages + values
 
 
-def compute_returns(rewards, dones, last_value, gamma):
-    """Discounted returns, bootstrapped where the rollout ends: R_t = r_t + gamma * (1 - done_t) * R_{t+1}.
-
-    rewards, dones: (T, N); last_value: (N,), V of the observation after the last step. Returns (T, N).
-    """
-    returns = np.empty_like(rewards)
-    following = last_value
-    for t in reversed(range(len(rewards))):
-        returns[t] = following = rewards[t] + gamma * (1.0 - dones[t]) * following
-    return returns
-
-
 def clipped_surrogate(log_probs, old_log_probs, advantages, clip_coef):
     """The clipped surrogate objective, to be maximised (Schulman et al., 2017, equation 7). All arguments: (B,).
 
@@ -771,7 +774,8 @@ def train(args, run_folder):
     Writes TensorBoard events, checkpoint.pt and, with --capture-video, videos/ into run_folder.
     """
     torch.set_num_threads(1)  # while acting: a few observations are too little to share, and the workers need the cores
-    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # to this process
+    threads = int((os.environ.get("OMP_NUM_THREADS") or str(available)).split(",")[0])
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
@@ -801,10 +805,9 @@ def train(args, run_folder):
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
     num_iterations = args.total_timesteps // batch_size
-    # Learning from pixels goes up and down: the package gets the best policy of the second half, not the last.
-    scored_at = {num_iterations * tenth // 10 for tenth in range(5, 11)}
-    global_step = scored_step = 0
-    best_score, best_agent = -math.inf, None
+    global_step = 0
+    # Learning from pixels goes up and down: the package gets the best agent of the second half, not the last.
+    finalists = []  # the best so far by recent_returns: dicts of their mean, the step and the weights
     recent_returns = deque(maxlen=100)  # of the episodes that ended last
     recent_flags = deque(maxlen=100)
     if args.resume:
@@ -812,20 +815,17 @@ def train(args, run_folder):
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
-        global_step, scored_step = checkpoint["global_step"], checkpoint["scored_step"]
-        best_score, best_agent = checkpoint["best_score"], checkpoint["best_agent"]
+        global_step, finalists = checkpoint["global_step"], checkpoint["finalists"]
         recent_returns.extend(checkpoint["recent_returns"])
         recent_flags.extend(checkpoint["recent_flags"])
 
     def save_checkpoint():
         state = {
             "script": SCRIPT,
-            "args": hyperparameters_of(args),
+            "args": hyperparameters_of(args) | {"rom": args.rom},
             "global_step": global_step,
             "agent": agent.state_dict(),
-            "scored_step": scored_step,
-            "best_score": best_score,
-            "best_agent": best_agent,
+            "finalists": finalists,
             "optimizer": optimizer.state_dict(),
             "rng": rng.bit_generator.state,
             "recent_returns": list(recent_returns),
@@ -833,18 +833,6 @@ def train(args, run_folder):
         }
         save_tensors(state, run_folder / "checkpoint.tmp")
         os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")  # atomic: never half a checkpoint
-
-    def keep_the_best():
-        nonlocal scored_step, best_score, best_agent
-        with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
-            policy = make_policy(agent, args.deterministic_eval, args.seed + global_step)
-            score, _ = evaluate_agent(env, policy, args.n_eval_episodes, range(args.n_eval_episodes))
-        scored_step = global_step
-        writer.add_scalar("eval/mean_reward", score, global_step)
-        writer.add_scalar("eval/flag_rate", env.flag_rate()["flag_rate"], global_step)
-        if score >= best_score:
-            best_score, best_agent = score, {k: tensor.cpu().clone() for k, tensor in agent.state_dict().items()}
-        save_checkpoint()
 
     # The rollout: T = num_steps rows, N = num_envs columns. Observations have row T too, after the last action.
     shape = (args.num_steps, args.num_envs)
@@ -881,8 +869,6 @@ def train(args, run_folder):
         for envs, column in zip(halves, columns):
             observations[-1, column], _ = envs.reset(seed=args.seed + column.start)
         writer.add_text("hyperparameters", markdown_table(hyperparameters_of(args)))
-        if global_step // batch_size in scored_at and scored_step < global_step:  # interrupted in the middle of it
-            keep_the_best()
         for iteration in range(global_step // batch_size, num_iterations):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
@@ -907,11 +893,7 @@ def train(args, run_folder):
             # Truncation is not a failure: the episode would have gone on to earn the value of its last observation.
             for t, i, observation in cut_off:
                 rewards[t, i] += args.gamma * decide(agent, observation[None])[2][0]
-            if args.gae:
-                advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
-            else:
-                returns = compute_returns(rewards, dones, last_value, args.gamma)
-                advantages = returns - values
+            advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
 
             # 3. Update: minibatch gradient steps that maximise equation 9 of the paper. The workers wait, so it gets
             #    all the cores.
@@ -965,17 +947,42 @@ def train(args, run_folder):
             progress.update(global_step, recent_returns)
 
             tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
-                with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
-                    record_video(env, make_policy(agent), run_folder / "videos" / f"step-{global_step}.mp4")
+            if tenth > iteration * 10 // num_iterations:
+                if args.capture_video:
+                    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
+                        record_video(env, make_policy(agent), run_folder / "videos" / f"step-{global_step}.mp4")
+                if tenth >= 5:
+                    mean_return = float(np.mean(recent_returns)) if recent_returns else -math.inf
+                    weights = {name: tensor.cpu().clone() for name, tensor in agent.state_dict().items()}
+                    candidate = {"mean_return": mean_return, "step": global_step, "weights": weights}
+                    finalists = sorted([candidate, *finalists], key=lambda one: one["mean_return"], reverse=True)
+                    finalists = finalists[:FINALISTS]
             is_due = time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS
-            if is_due or asked_to_stop or iteration + 1 in scored_at:
+            if is_due or asked_to_stop or iteration + 1 == num_iterations:
                 save_checkpoint()
                 last_checkpoint = time.monotonic()
             stop_if_asked()
-            if iteration + 1 in scored_at:
-                keep_the_best()
-    agent.load_state_dict(best_agent or agent.state_dict())
+    return best_of(finalists, agent, args, run_folder)
+
+
+def best_of(finalists, agent, args, run_folder):
+    """Give the agent the weights of the finalist that scores best, each over n_eval_episodes anew, and return it.
+
+    What the finalists were chosen by may have been luck, so it counts no more. The same goes for this score: that of
+    the package is measured once more, with other sampled actions.
+    """
+    msg.info(f"Playing {args.n_eval_episodes} episodes with each of the {len(finalists)} best agents")
+    scores = []
+    with SummaryWriter(run_folder) as writer:
+        for finalist in finalists:
+            agent.load_state_dict(finalist["weights"])
+            policy = make_policy(agent, args.deterministic_eval, seed=[args.seed, args.total_timesteps])
+            with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
+                mean_reward, _ = evaluate_agent(env, policy, args.n_eval_episodes, range(args.n_eval_episodes))
+            writer.add_scalar("eval/mean_reward", mean_reward, finalist["step"])
+            writer.add_scalar("eval/flag_rate", env.flag_rate()["flag_rate"], finalist["step"])
+            scores.append(mean_reward)
+    agent.load_state_dict(finalists[np.argmax(scores)]["weights"])
     return agent
 
 
@@ -1618,7 +1625,7 @@ def main(argv=None):
         with contextlib.closing(env):
             score = evaluate(env, policy, args, seeds, metrics=env.flag_rate)
         if not args.render:
-            msg.info(f"Mario {'reaches' if env.at_flag else 'does not reach'} the flag in the replay")
+            msg.info(f"Mario {'reaches' if env.flags[-1] else 'does not reach'} the flag in the replay")
         return score
 
     make_env(args.env_id, args.action_set, args.rom).close()  # whatever is wrong with it is said now

@@ -38,11 +38,13 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import linecache
 import math
 import os
 import pickle
+import pickletools
 import random
 import re
 import shutil
@@ -80,7 +82,7 @@ MODEL_FILE = "q-learning.pkl"
 VIDEO_FPS = 2  # slow enough to follow each move
 LOG_EPISODES = 250  # episodes between two points of the curves
 CHECKPOINT_SECONDS = 10  # what a crash costs at the most
-EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; training starts from seed
+EVAL_SEED = 1_000_000  # evaluation plays (seed + 1) * EVAL_SEED, + 1, ...: no two seeds share an episode
 NOT_SAVED = ("resume", "evaluate", "render", "push")  # flags that say what to do now, not how the agent was trained
 
 msg = Printer(pretty=sys.stdout.isatty())
@@ -112,7 +114,7 @@ TUNED = {
         n_training_episodes=40_000, max_steps=200, learning_rate=0.1, gamma=0.999, min_epsilon=0.2
     ),
     # The course has decay_rate 0.005 and min_epsilon 0.05, which leave a few of the 500 states half learned.
-    "Taxi-v3": dict(n_training_episodes=25_000, min_epsilon=0.2, eval_seed=TAXI_EVAL_SEED),
+    "Taxi-v3": dict(n_training_episodes=25_000, min_epsilon=0.2),
     "CliffWalking-v1": dict(n_training_episodes=2_000, decay_rate=0.005, gamma=0.99),
 }
 
@@ -131,9 +133,9 @@ def parse_args(argv=None):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.error = fail
     flag = first.add_argument_group("what to do").add_argument
-    flag("--env-id", default="FrozenLake-v1", help="environment: any with discrete observations and actions")
-    flag("--map-name", choices=["4x4", "8x8"], help="map of FrozenLake (default: 4x4)")
-    flag("--is-slippery", **switch, help="whether the ice of FrozenLake-v1 makes you slip (default: False)")
+    flag("--env-id", type=full_id, default="FrozenLake-v1", help="any with discrete observations and actions")
+    flag("--map-name", choices=["4x4", "8x8"], help="map of FrozenLake (default: its own)")
+    flag("--is-slippery", **switch, help="whether the ice slips (default: only that of FrozenLake8x8-v1)")
     flag("--tuned", **switch, default=True, help="start from the environment's row of TUNED")
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
@@ -167,19 +169,23 @@ def parse_args(argv=None):
 
     flag = parser.add_argument_group("evaluation and the Hugging Face Hub").add_argument
     flag("--n-eval-episodes", type=number(int, 1), default=100, help="episodes that the score is measured over")
-    flag("--eval-seed", type=whole_numbers, help="seeds of the evaluation episodes, in order: 16,54,165")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
     flag("--render", **switch, default=False, help="with --evaluate: play in a window")
 
-    saved = {}
+    saved, done = {}, 0
     if known.resume:
-        saved = load_checkpoint(known.resume)["args"]
+        checkpoint = load_checkpoint(known.resume)
+        saved, done = checkpoint["args"], checkpoint["episode"]
     elif known.evaluate and known.evaluate != "random":
-        saved = load_hyperparameters(known.evaluate)
-    if known.tuned:
-        environment = {**vars(known), **saved}
-        row = env_name(*(environment.get(name) for name in ("env_id", "map_name", "is_slippery")))
-        parser.set_defaults(**TUNED.get(row, {}))
+        saved = saved_flags(known.evaluate)
+    else:
+        if known.env_id.startswith("FrozenLake"):  # what the ids mean here; Gymnasium's own FrozenLake-v1 slips
+            is_8x8 = known.env_id == "FrozenLake8x8-v1"
+            known.map_name = known.map_name or ("8x8" if is_8x8 else "4x4")
+            known.is_slippery = is_8x8 if known.is_slippery is None else known.is_slippery
+        row = TUNED.get(env_name(known.env_id, known.map_name, known.is_slippery), {}) if known.tuned else {}
+        saved = {"map_name": known.map_name, "is_slippery": known.is_slippery, "tuned": bool(row), **row}
+    parser.set_defaults(**saved)  # all of them, None as well
     # Saved flags go through the parser like those of the command line, which checks their names and values.
     for name in saved.keys() & set(NOT_SAVED):
         fail(f"{known.resume or known.evaluate}: {name} is not among the flags that a run saves")
@@ -188,9 +194,12 @@ def parse_args(argv=None):
     before = parser.parse_args(saved)
     parser.error = fail
     args = parser.parse_args(saved + argv)
+    args.tuned = parser.get_default("tuned")  # whether there was a row
     if args.env_id != known.env_id:
         check_env_id(args.env_id, known.resume or known.evaluate)
 
+    if args.resume and args.n_training_episodes < done:
+        fail(f"--n-training-episodes {args.n_training_episodes}: this run has done {done} already")
     if known.resume:
         changeable = {"n_training_episodes", "repo_id", "track", "wandb_project_name", "wandb_entity"}
         for name, value in vars(before).items():
@@ -206,8 +215,6 @@ def parse_args(argv=None):
         fail(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")
     if args.min_epsilon > args.max_epsilon:
         fail(f"--min-epsilon {args.min_epsilon} is above --max-epsilon {args.max_epsilon}")
-    if args.eval_seed and len(args.eval_seed) < args.n_eval_episodes:
-        fail(f"--eval-seed has {len(args.eval_seed)} seeds, too few for --n-eval-episodes {args.n_eval_episodes}")
     if args.track:
         try:
             import wandb  # noqa: F401
@@ -237,17 +244,6 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def whole_numbers(text):
-    """argparse type: whole numbers from 0 up, with commas between them."""
-    try:
-        values = [int(value) for value in text.strip("[]").split(",")]
-    except ValueError:
-        values = [-1]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds such as 16,54,165")
-    return values
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The environment
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +252,16 @@ def whole_numbers(text):
 # change: v3 of LunarLander widened the observation bounds and fixed resets, v4 of Taxi changed its rainy and fickle
 # modes only.
 RETIRED = {"LunarLander-v2": "LunarLander-v3", "Taxi-v3": "Taxi-v4"}
+
+
+def full_id(env_id):
+    """An environment's id with its version, where it was left out: Taxi is Taxi-v3, FrozenLake is FrozenLake-v1."""
+    for retired in RETIRED:
+        if env_id == retired.rpartition("-v")[0]:
+            return retired
+    namespace, _, name = env_id.rpartition("/")
+    version = gym.envs.registration.find_highest_version(namespace or None, name)
+    return env_id if version is None else f"{env_id}-v{version}"
 
 
 def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mode=None):
@@ -279,7 +285,7 @@ def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mod
         env = gym.make(
             spec or env_id, max_episode_steps=max_steps, render_mode=render_mode, disable_env_checker=True, **options
         )
-    except (gym.error.Error, ImportError) as error:
+    except (gym.error.Error, ImportError, AssertionError, KeyError, TypeError) as error:  # as options may be a file's
         fail(f"--env-id {env_id}: {error}")
     for kind, space in (("actions", env.action_space), ("observations", env.observation_space)):
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
@@ -346,7 +352,7 @@ def show_policy(agent, env):
     return "\n".join(" ".join(cells[row * columns : (row + 1) * columns]) for row in range(rows))
 
 
-def draw_q_table(agent, env, cell=96):
+def draw_q_table(agent, env, cell=128):
     """The Q-table of a grid world as an image: a triangle for each action, the brighter the higher its value.
 
     A white arrow is the greedy action. cell: side of a cell in pixels. None for other environments.
@@ -373,8 +379,8 @@ def draw_q_table(agent, env, cell=96):
             share = (value - low) / (high - low)
             colour = (int(20 + 60 * share), int(30 + 190 * share), int(70 + 60 * share))
             draw.polygon([*map(tuple, edge), tuple(centre)], fill=colour, outline=(60, 60, 60))
-            middle = 0.36 * edge[0] + 0.36 * edge[1] + 0.28 * centre
-            draw.text(tuple(middle), f"{value:.3g}", fill="white", anchor="mm")
+            middle = 0.31 * edge[0] + 0.31 * edge[1] + 0.38 * centre
+            draw.text(tuple(middle), f"{value:.2f}", fill="white", anchor="mm")
         if np.ptp(qtable[state]):
             side = "↑→↓←".index(arrows[greedy_policy(qtable, state)])
             forward = np.array([(0, -1), (1, 0), (0, 1), (-1, 0)][side]) * cell / 8
@@ -434,6 +440,7 @@ def train(args, run_folder):
     qtable = initialize_q_table(int(env.observation_space.n), int(env.action_space.n)).tolist()
     first_episode = global_step = 0
     env_seed = args.seed
+    returns, lengths = [], []  # of the episodes since the last point of the curves
     recent_returns = deque(maxlen=100)
     if args.resume:
         checkpoint = load_checkpoint(run_folder)
@@ -441,7 +448,10 @@ def train(args, run_folder):
         version, state, gauss_next = checkpoint["rng"]
         rng.setstate((version, tuple(state), gauss_next))
         first_episode, global_step = checkpoint["episode"], checkpoint["global_step"]
+        returns, lengths = checkpoint["returns"], checkpoint["lengths"]
         recent_returns.extend(checkpoint["recent_returns"])
+        if first_episode == args.n_training_episodes:
+            msg.info(f"Nothing is left to train: all {first_episode:,} episodes are done")
         env_seed = rng.randrange(2**31)  # not the first episodes again
 
     def save_checkpoint(episode):
@@ -452,6 +462,8 @@ def train(args, run_folder):
             "global_step": global_step,
             "qtable": torch.tensor(qtable, dtype=torch.float64),
             "rng": rng.getstate(),
+            "returns": returns,
+            "lengths": lengths,
             "recent_returns": list(recent_returns),
         }
         save_tensors(state, run_folder / "checkpoint.tmp")
@@ -462,7 +474,6 @@ def train(args, run_folder):
     save_checkpoint(first_episode)
     last_checkpoint = time.monotonic()
     first_step = global_step
-    returns, lengths = [], []  # of the episodes since the last point of the curves
     learning_rate, gamma = args.learning_rate, args.gamma
     env.reset(seed=env_seed)
     with (
@@ -486,9 +497,10 @@ def train(args, run_folder):
             global_step += episode_length
             returns.append(float(episode_return))
             lengths.append(episode_length)
+            recent_returns.append(float(episode_return))
 
-            if (episode + 1) % LOG_EPISODES == 0 or episode + 1 == args.n_training_episodes:
-                recent_returns.extend(returns)
+            is_last = episode + 1 == args.n_training_episodes
+            if (episode + 1) % LOG_EPISODES == 0 or is_last:
                 steps_per_second = (global_step - first_step) / (time.monotonic() - progress.started)
                 writer.add_scalar("charts/episodic_return", np.mean(returns), global_step)
                 writer.add_scalar("charts/episodic_length", np.mean(lengths), global_step)
@@ -496,10 +508,9 @@ def train(args, run_folder):
                 writer.add_scalar("charts/SPS", steps_per_second, global_step)
                 progress.update(episode + 1, recent_returns)
                 returns, lengths = [], []
-                is_due = time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS
-                if is_due or asked_to_stop or episode + 1 == args.n_training_episodes:
-                    save_checkpoint(episode + 1)
-                    last_checkpoint = time.monotonic()
+            if is_last or asked_to_stop or time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS:
+                save_checkpoint(episode + 1)
+                last_checkpoint = time.monotonic()
                 stop_if_asked()
 
     # The course's model file, key by key.
@@ -646,9 +657,10 @@ def show_video(path):
 
 
 def evaluation_seeds(args):
-    """The seeds of the evaluation episodes: --eval-seed in order, or such as training never used."""
-    start = args.seed + EVAL_SEED
-    return (args.eval_seed or list(range(start, start + args.n_eval_episodes)))[: args.n_eval_episodes]
+    """The seeds of the evaluation episodes: a block for each --seed; for Taxi-v3 the course's hundred come first."""
+    first = (args.seed + 1) * EVAL_SEED
+    seeds = [*(TAXI_EVAL_SEED if args.env_id == "Taxi-v3" else []), *range(first, first + args.n_eval_episodes)]
+    return seeds[: args.n_eval_episodes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,21 +723,136 @@ def save_tensors(values, path):
     path.write_bytes(buffer.getvalue())
 
 
-class SafeUnpickler(pickle.Unpickler):
-    """Admits NumPy arrays and plain containers only: a pickle that names anything else is refused before it runs."""
+# What a pickle of a Q-table may name, and the numbers that its arrays may hold.
+PICKLED_NAMES = (
+    "_codecs encode",  # bytes, in pickle protocol 2
+    "numpy dtype",
+    "numpy ndarray",
+    "numpy._core.multiarray _reconstruct",
+    "numpy._core.multiarray scalar",
+    "numpy._core.numeric _frombuffer",  # pickle protocol 5
+)
+PICKLED_KINDS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+PICKLED_SIZE, PICKLED_OPCODES = 2**26, 500_000  # a limit to the memory that reading takes
 
-    def find_class(self, module, name):
-        module = module.replace("numpy.core", "numpy._core")  # NumPy 1's name of it
-        admitted = {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "scalar"),
-            ("numpy._core.numeric", "_frombuffer"),  # pickle protocol 5
-        }
-        if (module, name) not in admitted:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
+
+class Kept:
+    """What a pickle wants called, kept instead: the function's name, the arguments, the state to set afterwards."""
+
+    def __init__(self, name, arguments=None):
+        self.name, self.arguments, self.state = name, arguments, None
+
+
+def read_pickle(content):
+    """What a pickle of plain values and arrays holds, with each array as a Kept; nothing is imported or called.
+
+    A pickle is a program for a small machine with a stack. Python's own has instructions that run any code, and can be
+    made to crash or to take all memory, so this one knows but what plain values need (pickletools explains each).
+    """
+    stack, marks, memo = [], [], {}
+
+    def since_mark():
+        start = marks.pop()
+        items, stack[start:] = stack[start:], []
+        return items
+
+    for opcode, argument, _ in itertools.islice(pickletools.genops(content), PICKLED_OPCODES):
+        match opcode.name:
+            case "PROTO" | "FRAME":
+                pass
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT":
+                stack.append(argument)
+            case "SHORT_BINUNICODE" | "BINUNICODE" | "BINUNICODE8":
+                stack.append(argument)
+            case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8":
+                stack.append(argument)
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[opcode.name]())
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "APPEND" | "APPENDS":
+                items = since_mark() if opcode.name == "APPENDS" else [stack.pop()]
+                stack[-1].extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = since_mark() if opcode.name == "SETITEMS" else [stack.pop(-2), stack.pop()]
+                if not all(isinstance(key, str) for key in items[::2]):  # the hash of a deep tuple overflows C's stack
+                    raise pickle.UnpicklingError("the keys of a dict are not all text")
+                stack[-1].update(zip(items[::2], items[1::2]))
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if argument is None else argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = argument or " ".join([stack.pop(-2), stack.pop()])
+                name = name.replace("numpy.core.", "numpy._core.")  # NumPy 1's name of it
+                if name not in PICKLED_NAMES:
+                    raise pickle.UnpicklingError(f"it asks for {name.replace(' ', '.')[:80]!r}")
+                stack.append(Kept(name.split()[1]))
+            case "REDUCE":
+                arguments = stack.pop()
+                stack.append(Kept(stack.pop().name, arguments))
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].state = state
+            case "STOP":
+                return stack.pop()
+            case _:
+                raise pickle.UnpicklingError(f"plain values do not need {opcode.name}")
+    raise pickle.UnpicklingError(f"it takes more than {PICKLED_OPCODES:,} steps")
+
+
+def kept_array(kept, dimensions):
+    """The array of numbers that a Kept describes, with this many dimensions."""
+    match kept:
+        case Kept(name="_reconstruct", state=(_, shape, dtype, fortran, data)):
+            order = "F" if fortran is True or fortran == 1 else "C"
+        case Kept(name="_frombuffer", arguments=(data, dtype, shape, "C" | "F" as order)):
+            pass
+        case Kept(name="scalar", arguments=(dtype, data)):
+            shape, order = (), "C"
+        case _:
+            raise pickle.UnpicklingError("what should be an array is none")
+    match dtype:
+        case Kept(name="dtype", arguments=(kind, *_), state=(_, "<" | ">" | "|" | "=" as byte_order, *_)):
+            if kind not in PICKLED_KINDS:
+                raise pickle.UnpicklingError("an array holds something else than numbers")
+        case _:
+            raise pickle.UnpicklingError("an array has no dtype")
+    is_text = isinstance(data, Kept) and data.name == "encode" and data.arguments[1] == "latin1"
+    data = data.arguments[0] if is_text else data
+    if not isinstance(data, str if is_text else (bytes, bytearray)) or not isinstance(shape, tuple):
+        raise pickle.UnpicklingError("an array has no bytes or no shape")
+    if len(shape) != dimensions or not all(type(side) is int and side >= 0 for side in shape):
+        raise pickle.UnpicklingError(f"an array does not have {dimensions} dimensions")
+    if math.prod(shape) * int(kind[1]) != len(data):
+        raise pickle.UnpicklingError("an array's shape does not fit its bytes")
+    data = data.encode("latin1") if is_text else data
+    array = np.frombuffer(data, byte_order + kind).reshape(shape, order=order)
+    return array.astype(array.dtype.newbyteorder("="))  # a copy, which can be written to
+
+
+def read_q_table(path):
+    """The course's model dict in a q-learning.pkl. Raises UnpicklingError for anything else; nothing in it runs."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(PICKLED_SIZE + 1)
+        if len(content) > PICKLED_SIZE:
+            raise pickle.UnpicklingError(f"it is larger than {PICKLED_SIZE >> 20} MiB")
+        model = read_pickle(content)
+        if not isinstance(model, dict) or not isinstance(model.get("qtable"), Kept):
+            raise pickle.UnpicklingError("it is no dict with an array 'qtable'")
+        qtable = kept_array(model.pop("qtable"), dimensions=2)
+        numbers = {name: kept_array(value, 0).item() for name, value in model.items() if isinstance(value, Kept)}
+    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
+        raise pickle.UnpicklingError(f"{path.name} was not loaded as a Q-table: {error!s:.150}") from error
+    return {**model, **numbers, "qtable": qtable}
 
 
 def load_q_table(path, source):
@@ -734,14 +861,9 @@ def load_q_table(path, source):
     source: what a message calls the place it is from.
     """
     try:
-        with open(path, "rb") as file:
-            model = SafeUnpickler(file).load()
-    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
-        fail(f"{source}: {path.name} is no pickle of arrays and plain containers, so it was not loaded: {error}")
-    qtable = model.get("qtable") if isinstance(model, dict) else None
-    if not isinstance(qtable, np.ndarray) or qtable.ndim != 2 or qtable.dtype.kind not in "fiu":
-        fail(f"{source}: {path.name} holds no Q-table: a dict whose 'qtable' is an array of numbers, states by actions")
-    return model
+        return read_q_table(path)
+    except pickle.UnpicklingError as error:
+        fail(f"{source}: {error}")
 
 
 @contextlib.contextmanager
@@ -850,7 +972,7 @@ def package_to_hub(
     partial.mkdir(parents=True)
 
     n_eval_episodes = hyperparameters["n_eval_episodes"]
-    msg.info(f"Playing {n_eval_episodes} evaluation episodes on seeds that training has not seen")
+    msg.info(f"Playing {n_eval_episodes} evaluation episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, n_eval_episodes, seeds)
     metrics = metrics()
     print_score(mean_reward, std_reward, n_eval_episodes, metrics)
@@ -908,7 +1030,7 @@ def write_model_card(package, repo_id):
     env_name, mean_reward, std_reward = results["env_name"], results["mean_reward"], results["std_reward"]
     repo_id = repo_id or "user/name"  # --push fills it in
     module = SCRIPT.removesuffix(".py")
-    actions = "the most probable action" if results["deterministic_eval"] else "sampled actions"
+    seeds = "the course's seeds" if results["env_id"] == "Taxi-v3" else "seeds that training never used"
     more = results.get("metrics", {})
     metrics = {"mean_reward": f"{mean_reward:.2f} +/- {std_reward:.2f}", **more}
     more_text = "".join(f", {name} **{value:.2f}**" for name, value in more.items())
@@ -932,9 +1054,9 @@ def write_model_card(package, repo_id):
     text = f"""\
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{metrics["mean_reward"]}**{more_text} over {results["n_eval_episodes"]} episodes with {actions},
-on seeds that training never used. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it; the packages that
-it needs stand at its top, and `uv run {SCRIPT}` installs them by itself.
+mean_reward **{metrics["mean_reward"]}**{more_text} over {results["n_eval_episodes"]} episodes with
+the best action by the table, on {seeds}. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it;
+the packages that it needs stand at its top, and `uv run {SCRIPT}` installs them by itself.
 
 ## Use it
 
@@ -1074,17 +1196,33 @@ def check_env_id(env_id, source):
         fail(f"{source}: importing the environment {env_id} could run any code; if you trust it: --env-id {env_id}")
 
 
-def load_agent(source, env_id=None, render_mode=None):
+def saved_flags(source):
+    """The flags that an agent was trained with, as a dict: of our packages, or what the course's model dict says."""
+    saved = load_hyperparameters(source)
+    if "max_steps" in saved:
+        return saved
+    model = load_q_table(find_package(source) / MODEL_FILE, source)
+    is_lake = saved["env_id"].startswith("FrozenLake")
+    return {
+        **saved,
+        "max_steps": model.get("max_steps"),
+        "map_name": model.get("map_name") if is_lake else None,
+        "is_slippery": model.get("slippery", True) if is_lake else None,  # the course leaves it out where it is True
+    }
+
+
+def load_agent(source, env_id=None, render_mode=None, **options):
     """Load the agent of a run folder or a Hub repo id: returns it, as the course's model dict, and its environment.
 
-    env_id: by default the one it was trained on.
+    env_id, and map_name, is_slippery, max_steps in options: by default what it was trained on.
     """
+    saved = saved_flags(source)
     if env_id is None:
-        env_id = load_hyperparameters(source)["env_id"]
+        env_id = saved["env_id"]
         check_env_id(env_id, source)
     agent = load_q_table(find_package(source) / MODEL_FILE, source)
-    max_steps = agent.get("max_steps")
-    env = make_env(env_id, agent.get("map_name"), agent.get("slippery"), max_steps, render_mode)
+    options = {name: saved.get(name) for name in ("map_name", "is_slippery", "max_steps")} | options
+    env = make_env(env_id, **options, render_mode=render_mode)
     needed = (int(env.observation_space.n), int(env.action_space.n))
     if agent["qtable"].shape != needed:
         fail(f"{source}: the Q-table has shape {agent['qtable'].shape}, {env_id} needs {needed}")
@@ -1158,7 +1296,8 @@ def main(argv=None):
         env = make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps, render_mode)
         return evaluate(env, random_policy(env, args.seed), args, seeds, VIDEO_FPS)
     if args.evaluate:
-        agent, env = load_agent(args.evaluate, args.env_id, "human" if args.render else "rgb_array")
+        options = {"map_name": args.map_name, "is_slippery": args.is_slippery, "max_steps": args.max_steps}
+        agent, env = load_agent(args.evaluate, args.env_id, "human" if args.render else "rgb_array", **options)
         return evaluate(env, make_policy(agent), args, seeds, VIDEO_FPS)
 
     env = make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps, "rgb_array")
@@ -1168,6 +1307,8 @@ def main(argv=None):
     run_folder = Path(args.resume) if args.resume else new_run_folder(args)
     msg.info(f"{ALGORITHM} on {name}, into {run_folder}")
     print(textwrap.fill("  ".join(f"{name}={value}" for name, value in hyperparameters_of(args).items()), 120))
+    if not args.tuned:
+        msg.info(f"Without a row of TUNED for {name}: what no flag says has the plain default")
     (run_folder / SCRIPT).write_bytes(script_source().encode())  # now: the file may be edited while it trains
     with resumable(run_folder):
         agent = train(args, run_folder)

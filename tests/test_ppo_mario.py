@@ -1,5 +1,6 @@
 """ppo_mario.py: the game against recordings of the original, each wrapper by hand, the agent, runs through main."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -87,6 +88,17 @@ def test_the_environments_are_registered_and_pass_gymnasium_s_checks():
     env.close()
 
 
+def test_the_bare_environment_is_advised_against_by_nobody_and_says_what_is_wrong(recwarn):
+    with contextlib.closing(gym.make("SuperMarioBros-1-1-v0")) as env:
+        assert not [str(warning.message) for warning in recwarn]
+        with pytest.raises(gym.error.Error, match="AsyncVectorEnv"):
+            gym.make("SuperMarioBros-1-1-v0")  # one emulator fits in one process
+    with contextlib.closing(gym.make("SuperMarioBros-1-1")) as env:
+        assert env.unwrapped.spec.id == "SuperMarioBros-1-1-v0"  # and not the rectangles of -v3
+    with pytest.raises(gym.error.Error, match="right, simple, complex"):
+        gym.make("SuperMarioBros-1-1-v0", action_set="simpl")
+
+
 def test_reset_goes_back_to_the_very_same_start():
     env = ppo_mario.SuperMarioBros(1, 1, action_set="right")
     first, first_info = env.reset()
@@ -168,7 +180,9 @@ def test_a_rom_that_is_missing_or_another_one_is_said_in_a_line(monkeypatch, cap
         assert out == "" and err.count("\n") == 1 and not run_folders()
         return err
 
-    assert "there is no .nes file" in says("--rom", "nowhere.nes")
+    assert "there is no such file" in says("--rom", "nowhere.nes")
+    Path("README.md").write_text("no game")
+    assert "there is no" not in says("--rom", "README.md")
     Path("other.nes").write_bytes(real.read_bytes()[:-1] + b"?")
     assert "ab30029efec6ccfc5d65dfda7fbc6e6489a80805" in says("--rom", "other.nes")
     assert "4bf894b301f339bce306af4813923a9900d034d1" in says("--rom", str(real), "--env-id", "SuperMarioBros-1-1-v1")
@@ -181,14 +195,20 @@ def test_a_rom_that_is_missing_or_another_one_is_said_in_a_line(monkeypatch, cap
     monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
     assert "gym-super-mario-bros==7.4.0" in says("--env-id", "SuperMarioBros-1-1-v3")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install" in says() and "--rom PATH" in says()
+    assert "pip install --no-deps" in says() and "--rom PATH" in says()
+
+
+def test_a_run_with_a_rom_of_its_own_goes_on_without_naming_it_again(monkeypatch):
+    shutil.copy(ppo_mario.find_rom(0), "mine.nes")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ppo_mario.main([*ONE_UPDATE, "--rom", "mine.nes"])
+    (run_folder,) = run_folders()
+    ppo_mario.main(["--resume", str(run_folder), "--total-timesteps", "64"])
+    assert "mine.nes" not in (run_folder / "hub" / "hyperparameters.json").read_text()  # whose place is nobody's matter
 
 
 @pytest.mark.parametrize("version", range(4))
 def test_all_four_drawings_of_the_game_are_played(version):
-    if not (ppo_mario.find_rom(0).parent / ppo_mario.ROMS[version][0]).is_file():
-        assert sys.version_info >= (3, 13)  # gym-super-mario-bros 9.x has the first only
-        return
     env = ppo_mario.SuperMarioBros(1, 1, version)
     env.reset()
     assert [env.step(1)[4]["x_pos"] for _ in range(20)][-1] > 40
@@ -304,7 +324,7 @@ def test_flags_are_counted_per_episode():
         env.unwrapped.flag = flag
         env.reset()
         env.step(0)
-        assert env.at_flag == flag
+        assert env.flags[-1] == flag
     assert env.flag_rate() == {"flag_rate": 0.5}
 
 
@@ -382,22 +402,60 @@ def test_the_same_seed_gives_the_same_parameters_and_another_seed_does_not():
     assert not any(torch.equal(one[name], other[name]) for name in one if "weight" in name)
 
 
-def test_the_package_has_the_best_policy_and_not_the_last(monkeypatch):
-    scores, seen = iter([5.0, 9.0, 3.0]), []
+def test_the_finalists_are_played_again_before_the_best_is_packaged_and_a_lucky_one_does_not_stay(monkeypatch):
+    scores, played, seeds = {}, [], []
+    make_policy = ppo_mario.make_policy
+
+    def remember(agent, deterministic=False, seed=0):
+        seeds.append(seed)
+        return make_policy(agent, deterministic, seed)
 
     def score(env, policy, n_eval_episodes, seeds):
-        env.episodes = 1
+        env.flags = [False] * n_eval_episodes
         agent = policy.__closure__[0].cell_contents
-        seen.append({name: tensor.clone() for name, tensor in agent.state_dict().items()})
-        return next(scores, 1.0), 0.0
+        played.append(agent.state_dict()["actor.weight"].numpy().tobytes())
+        return next(scores[played[-1]], 0.0), 0.0
 
+    class Scores(dict):
+        def __missing__(self, agent):  # the first agent is lucky once, the second is good
+            return self.setdefault(agent, iter([[9.0, 9.0, 1.0], [5.0, 5.0]][len(self)]))
+
+    scores = Scores()
+    monkeypatch.setattr(ppo_mario, "make_policy", remember)
     monkeypatch.setattr(ppo_mario, "evaluate_agent", score)
-    ppo_mario.main([*SMALL, "--total-timesteps", "96"])
+    ppo_mario.main([*SMALL, "--total-timesteps", "32"])
     (run_folder,) = run_folders()
-    assert [value for _, value in scalars(run_folder, "eval/mean_reward")] == [5.0, 9.0, 3.0]
-    packaged = weights(run_folder)
-    same = [all(torch.equal(packaged[name], state[name]) for name in packaged) for state in seen]
-    assert same == [False, True, False, True]  # the last one is the score of the package
+    assert played == [played[0]] * 2  # as a finalist and for the package, each time with other samples
+    assert len(set(map(str, seeds))) == 2
+    lucky = weights(run_folder)["actor.weight"]
+    ppo_mario.main(["--resume", str(run_folder), "--total-timesteps", "64"])
+    assert len(scores) == 2 and len(set(map(str, seeds))) == 3
+    packaged = weights(run_folder)["actor.weight"]
+    assert packaged.numpy().tobytes() == played[-1] and not torch.equal(packaged, lucky)
+    assert sorted(value for _, value in scalars(run_folder, "eval/mean_reward")) == [1.0, 5.0, 9.0]
+
+
+def test_the_finalists_are_the_best_of_the_second_half_of_training(monkeypatch):
+    monkeypatch.setattr(ppo_mario, "evaluate_agent", lambda env, *args: (env.flags.append(False) or 1.0, 0.0))
+    ppo_mario.main([*SMALL, "--total-timesteps", "640"])
+    (run_folder,) = run_folders()
+    finalists = ppo_mario.load_checkpoint(run_folder)["finalists"]
+    assert len(finalists) == ppo_mario.FINALISTS and len({finalist["step"] for finalist in finalists}) == len(finalists)
+    assert all(finalist["step"] % 64 == 0 and finalist["step"] >= 320 for finalist in finalists)
+    assert finalists[0]["mean_return"] >= finalists[-1]["mean_return"]
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 3), ("4,2", 4)])
+def test_the_update_takes_the_threads_that_the_process_may_use(monkeypatch, variable, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    ppo_mario.main(ONE_UPDATE)
+    assert set(taken) == {1, threads}
 
 
 def test_an_interrupted_run_resumes_where_it_was(monkeypatch, capfd):
@@ -424,6 +482,17 @@ def test_an_interrupted_run_resumes_where_it_was(monkeypatch, capfd):
     assert rates == pytest.approx([5e-4 * (1 - k / 4) for k in range(4)], rel=1e-6)
 
 
+def test_a_resumed_run_takes_no_fewer_steps_and_says_how_many_it_took(capfd):
+    ppo_mario.main([*SMALL, "--total-timesteps", "95"])  # two batches of 32
+    (run_folder,) = run_folders()
+    said = json.loads((run_folder / "hub" / "hyperparameters.json").read_text())
+    assert said["total_timesteps"] == ppo_mario.load_checkpoint(run_folder)["global_step"] == 64
+    with pytest.raises(SystemExit) as stop:
+        ppo_mario.main(["--resume", str(run_folder), "--total-timesteps", "32"])
+    assert stop.value.code == 2 and "64" in capfd.readouterr().err
+    assert json.loads((run_folder / "hub" / "hyperparameters.json").read_text()) == said
+
+
 def children(pid):
     """The processes that a process has started."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -446,6 +515,19 @@ def test_a_killed_worker_ends_the_run_with_a_line_and_leaves_no_process():
 
 
 # --- the command line
+
+
+def test_an_id_without_its_version_is_that_of_the_game_as_it_was_and_keeps_its_row():
+    assert ppo_mario.parse_args(["--env-id", "SuperMarioBros-1-4"]).env_id == "SuperMarioBros-1-4-v0"
+    args = ppo_mario.parse_args(["--env-id", "SuperMarioBros"])
+    assert args.env_id == "SuperMarioBros-v0"
+    assert args == ppo_mario.parse_args(["--env-id", "SuperMarioBros-v0"]) and args.total_timesteps > 9_000_000
+    with contextlib.closing(ppo_mario.make_env("SuperMarioBros-1-3")) as env:
+        assert (env.unwrapped.world, env.unwrapped.stage) == (1, 3)
+
+
+def test_scores_are_over_a_hundred_episodes_where_nothing_else_is_said():
+    assert ppo_mario.parse_args([]).n_eval_episodes == 100
 
 
 @pytest.mark.parametrize(
