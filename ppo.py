@@ -64,6 +64,7 @@ SCRIPT = "ppo.py"  # the name of this file in the package
 ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
+EXPECTED = (ImportError, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError)  # say enough
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -128,15 +129,19 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         low = name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes")
-        high = 1 if name in ("gamma", "gae_lambda") else 2**63
+        high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
         if isinstance(value, int | float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, num_envs * num_steps = {batch_size}")
+    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
+        fail(
+            f"--num-minibatches must cut the batch, num_envs * num_steps = {batch_size}, into equal parts of 2 or more"
+        )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
+    if args.render and not args.evaluate:
+        fail("--render goes with --evaluate")
     if args.resume and args.env_id != checkpoint["args"]["env_id"]:
         fail(f"--env-id cannot change on --resume: the run was started on {checkpoint['args']['env_id']}")
     return args
@@ -532,10 +537,10 @@ def record_video(env, policy, path, seed=None):
     imageio.get_reader(path).close()  # an OSError where the disk was full, of which the writer does not hear
 
 
-def score_and_film(env, policy, seeds, replay=None, metrics=dict):
+def score_and_film(env, policy, seeds, folder=None, metrics=dict):
     """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
 
-    replay: path of the film, if any; metrics: a function that returns {name: value} of what else there is to say.
+    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
@@ -543,12 +548,12 @@ def score_and_film(env, policy, seeds, replay=None, metrics=dict):
     result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
     more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
     msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
-    if replay:
-        record_video(env, policy, replay, seed=seeds[0])
+    if folder:
+        record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
         if in_notebook():
             from IPython.display import Video, display
 
-            display(Video(replay, embed=True))
+            display(Video(folder / "replay.mp4", embed=True))
     return score
 
 
@@ -565,14 +570,14 @@ def new_folder(args, purpose):
 
 def start_run(args):
     """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    if args.track:
+        import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
     if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
     if args.track:
-        import wandb
-
         wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
@@ -594,7 +599,7 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
-    score = score_and_film(env, policy, seeds, partial / "replay.mp4", metrics)
+    score = score_and_film(env, policy, seeds, partial, metrics)
     results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
     results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -659,10 +664,10 @@ def open_package(source, trusted_env_id=None):
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
     file = folder / "hyperparameters.json"
     flags = json.loads((file if file.is_file() else folder / "results.json").read_text())
-    env_id = flags.get("env_id", "")
-    if env_id != trusted_env_id and (":" in env_id or not env_id):
-        fail(f"{source}: no environment there, or one of a module, which could run any code; if you trust it: --env-id")
-    return folder, flags
+    env_id = flags.get("env_id") if isinstance(flags, dict) else None
+    if not isinstance(env_id, str) or (":" in env_id and env_id != trusted_env_id):
+        fail(f"{source}: its environment is {env_id}; one of a module could run any code, so trust it with --env-id")
+    return folder, hyperparameters_of(SimpleNamespace(**flags))
 
 
 def load_agent(source, env_id=None, render_mode=None):
@@ -706,14 +711,17 @@ def main(argv=None):
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         if args.evaluate:
-            replay = None if args.render else new_folder(args, "evaluate") / "replay.mp4"
             render_mode = "human" if args.render else "rgb_array"
             if args.evaluate == "random":  # the baseline that every agent should beat
                 env = make_env(args.env_id, render_mode)
                 env.action_space.seed(args.seed)
-                return score_and_film(env, lambda _: env.action_space.sample(), seeds, replay)
-            agent, env = load_agent(args.evaluate, args.env_id, render_mode)
-            return score_and_film(env, make_policy(agent, args.deterministic_eval, args.seed), seeds, replay)
+
+                def policy(_):
+                    return env.action_space.sample()
+            else:
+                agent, env = load_agent(args.evaluate, args.env_id, render_mode)
+                policy = make_policy(agent, args.deterministic_eval, args.seed)
+            return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         env = make_env(args.env_id, "rgb_array")  # what is wrong with it is said now
         if args.repo_id:  # and the right to write there is checked now, too
@@ -731,7 +739,7 @@ def main(argv=None):
         about = {"env_name": args.env_id, "global_step": global_step, "scored_with": scored_with}
         package_to_hub(run_folder, args, env, policy, seeds, save_model, about)
         return agent
-    except (KeyboardInterrupt, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError) as error:
+    except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         fail(f"{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)

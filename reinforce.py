@@ -26,6 +26,7 @@ http://incompleteideas.net/book/the-book.html), sections 13.3 and 13.4.
 #     "numpy>=2,<3",
 #     "tensorboard>=2.18,<3",
 #     "huggingface_hub>=1.20,<3",
+#     "safetensors>=0.4.3,<1",
 #     "imageio>=2.36,<3",
 #     "imageio-ffmpeg>=0.6,<1",
 #     "tqdm>=4.66,<5",
@@ -34,212 +35,144 @@ http://incompleteideas.net/book/the-book.html), sections 13.3 and 13.4.
 # ///
 
 import argparse
-import contextlib
 import dataclasses
-import datetime
 import io
-import itertools
 import json
 import linecache
 import math
 import os
-import re
 import shutil
 import signal
 import sys
-import textwrap
-import threading
 import time
-import warnings
 from bisect import bisect_left
 from collections import deque
+from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in a notebook without widgets; its bar is text
-try:
-    import gymnasium as gym
-    import imageio.v2 as imageio
-    import numpy as np
-    import torch
-    from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
-    from torch import nn
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
-    from wasabi import Printer, color
-except ModuleNotFoundError as missing:
-    needed = re.findall(r'(?m)^#     (".+"),$', "".join(linecache.getlines(sys._getframe().f_code.co_filename)))
-    pip = "%pip" if "IPython" in sys.modules else "pip"
-    sys.exit(f"error: {missing}; what this script needs: {pip} install {' '.join(needed)}")
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCardData, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from wasabi import Printer
 
 SCRIPT = "reinforce.py"  # the name of this file in the package
 ALGORITHM = "Reinforce"
 CARD_TAGS = ["reinforce", "reinforcement-learning", "custom-implementation", "deep-rl-class"]
-MODEL_FILE = "model.pt"
-CHECKPOINT_SECONDS = 10  # what a crash costs at the most, besides the update under way
-EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; training starts from seed, + 1, ...
+CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the update under way
+EXPECTED = (ImportError, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError)  # say enough
 EVAL_MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
-NOT_SAVED = ("resume", "evaluate", "render", "push")  # flags that say what to do now, not how the agent was trained
-
 msg = Printer(pretty=sys.stdout.isatty())
-asked_to_stop = []  # the signals that came while a run was on
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the defaults below, which are the course's, per environment. Flags on the command line win over the
 # row. Averaging over several episodes and a learning rate that falls make the last policy a good one. In Pixelcopter,
 # where positions are 24 times as large as momentum, learning needs standardised observations: without them the policy
 # soon climbs straight into the ceiling, always, and then there is nothing left to learn from. With the course's gamma,
 # 0.99, it learns far more slowly.
+COPTER = dict(h_size=[64, 128], n_training_episodes=24_000, max_t=10_000, gamma=0.95, lr=4e-3, num_envs=16)
 TUNED = {
-    "CartPole-v1": dict(n_training_episodes=1_600, anneal_lr=True, num_envs=8, norm_obs=True),
-    "Pixelcopter-PLE-v0": dict(
-        h_size=[64, 128],
-        n_training_episodes=24_000,
-        max_t=10_000,
-        gamma=0.95,
-        lr=4e-3,
-        anneal_lr=True,
-        num_envs=16,
-        norm_obs=True,
-    ),
+    "CartPole-v1": dict(n_training_episodes=1_600, num_envs=8, anneal_lr=True, norm_obs=True),
+    "Pixelcopter-PLE-v0": dict(anneal_lr=True, norm_obs=True, **COPTER),
 }
 
 
 def parse_args(argv=None):
-    """Read the flags. The command line wins over a saved run's flags, those over the TUNED row, that over the defaults.
-
-    argv: list of strings; by default the command line (a notebook kernel's own arguments are not meant for us).
-    A mistake prints one line and exits with code 2, before anything is written.
-    """
-    if argv is None:
-        argv = [] if in_notebook() and "kernel" in sys.argv[0] else sys.argv[1:]
-
-    switch = {"type": boolean, "nargs": "?", "const": True}  # --flag, --flag True, --flag False
-
-    # Two passes, because these flags decide the defaults of all the others.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    flag = first.add_argument_group("what to do").add_argument
+    """Read the flags: the command line wins over a saved run's flags or the TUNED row, those over the defaults here."""
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0], add_help=False)
+    parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
-    flag("--tuned", **switch, default=True, help="start from --env-id's row of TUNED")
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
-    flag("--push", metavar="RUN_FOLDER", help="no training: upload this run's package to --repo-id")
-    known, _ = first.parse_known_args(argv)
-    if sum(map(bool, (known.resume, known.evaluate, known.push))) > 1:
-        fail("--resume, --evaluate and --push are three jobs: give one of them")
-
-    parser = argparse.ArgumentParser(
-        prog=SCRIPT,
-        description=__doc__.splitlines()[0],
-        parents=[first],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    flag = parser.add_argument_group("experiment").add_argument
+    flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--exp-name", default="reinforce", help="name of this experiment, part of the run folder's name")
-    flag("--seed", type=number(int, 0), default=1, help="seed of everything random; environment i starts at seed + i")
-    flag("--torch-deterministic", **switch, default=True, help="deterministic cuDNN")
-    flag("--cuda", **switch, default=True, help="use a GPU if there is one")
-    flag("--track", **switch, default=False, help="log to Weights & Biases as well")
-    flag("--wandb-project-name", default="deep-rl", help="project on Weights & Biases")
-    flag("--wandb-entity", help="entity (team) on Weights & Biases")
-    flag("--capture-video", **switch, default=False, help="film ten episodes on the way")
-
-    flag = parser.add_argument_group("algorithm").add_argument
-    flag("--h-size", type=layer_sizes, default=[16], help="units of each hidden layer: 16, or 64,128 for two layers")
-    flag("--n-training-episodes", type=number(int, 1), default=1000, help="episodes, all environments together")
-    flag("--max-t", type=number(int, 1), default=1000, help="an episode is cut off after this many steps")
-    flag("--gamma", type=number(float, 0, 1), default=1.0, help="discount factor")
-    flag("--lr", "--learning-rate", type=number(float, 0), default=1e-2, help="step size of Adam")
-    flag("--anneal-lr", **switch, default=False, help="the learning rate falls linearly to 0")
-    flag("--num-envs", type=number(int, 1), default=1, help="episodes per update, played side by side")
-    flag("--norm-obs", **switch, default=False, help="standardise observations by what training has seen so far")
-
-    flag = parser.add_argument_group("evaluation and the Hugging Face Hub").add_argument
-    flag("--n-eval-episodes", type=number(int, 1), default=100, help="episodes that the score is measured over")
-    flag("--deterministic-eval", **switch, default=True, help="argmax; False: sample")
+    flag("--seed", type=int, default=1, help="seed of everything random; environment i starts at seed + i")
+    flag("--torch-deterministic", action=switch, default=True, help="deterministic cuDNN")
+    flag("--cuda", action=switch, default=True, help="use a GPU if there is one")
+    flag("--track", action=switch, default=False, help="log to Weights & Biases as well (pip install wandb)")
+    flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
+    flag("--n-training-episodes", type=int, default=1000, help="episodes, all environments together")
+    flag("--max-t", type=int, default=1000, help="in training, an episode is cut off after this many steps")
+    flag("--num-envs", type=int, default=1, help="episodes per update, played side by side")
+    flag("--h-size", type=int, nargs="+", default=[16], help="units of each hidden layer: 16, or 64 128 for two layers")
+    flag("--lr", "--learning-rate", type=float, default=1e-2, help="step size of Adam")
+    flag("--anneal-lr", action=switch, default=False, help="the learning rate falls linearly to 0 over the training")
+    flag("--gamma", type=float, default=1.0, help="discount factor")
+    flag("--norm-obs", action=switch, default=False, help="standardise observations by what training has seen so far")
+    flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
+    flag("--deterministic-eval", action=switch, default=True, help="score the most probable actions, or sampled ones")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
-    flag("--render", **switch, default=False, help="with --evaluate: play in a window")
 
-    saved = {}
-    if known.resume:
-        saved = load_checkpoint(known.resume)["args"]
-    elif known.evaluate and known.evaluate != "random":
-        saved = load_hyperparameters(known.evaluate)
-    elif known.tuned:
-        parser.set_defaults(**TUNED.get(known.env_id, {}))
-    # Saved flags go through the parser like those of the command line, which checks their names and values.
-    for name in saved.keys() & set(NOT_SAVED):
-        fail(f"{known.resume or known.evaluate}: {name} is not among the flags that a run saves")
-    saved = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items() if value is not None]
-    parser.error = lambda message: fail(f"{known.resume or known.evaluate}: {message}")
-    before = parser.parse_args(saved)
-    parser.error = fail
-    args = parser.parse_args(saved + argv)
-    if args.env_id != known.env_id:
-        check_env_id(args.env_id, known.resume or known.evaluate)
+    argv = argv if argv is not None else [] if in_notebook() else sys.argv[1:]  # a kernel's own arguments are not ours
+    known, _ = parser.parse_known_args(argv)  # --env-id, --resume and --evaluate decide the defaults of all the others
+    flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
+    checkpoint = load_checkpoint(known.resume) if known.resume else {}
+    if known.evaluate and known.evaluate != "random":
+        parser.set_defaults(**open_package(known.evaluate, known.env_id)[1])
+    else:
+        parser.set_defaults(**checkpoint.get("args", TUNED.get(full_id(known.env_id), {})))
+    args = parser.parse_args(argv)
+    args.env_id = full_id(args.env_id)
 
-    if known.resume:
-        changeable = {"n_training_episodes", "repo_id", "track", "wandb_project_name", "wandb_entity", "capture_video"}
-        for name, value in vars(before).items():
-            if getattr(args, name) != value and name not in changeable.union(NOT_SAVED):
-                fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
+    for name, value in vars(args).items():
+        low = name in ("max_t", "num_envs", "h_size", "n_eval_episodes")
+        high = 1 if name == "gamma" else 2**63 - 1
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not low <= number <= high:
+                fail(f"--{name.replace('_', '-')} {number} is not between {low:d} and {high}")
+    args.n_training_episodes -= args.n_training_episodes % args.num_envs  # whole updates: what will really be trained
+    if args.n_training_episodes < max(args.num_envs, checkpoint.get("episodes", 0)):
+        fail(f"--n-training-episodes is less than one update's {args.num_envs}, or than --resume's run has had already")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
-    if args.push and not args.repo_id:
-        fail("--push needs --repo-id user/name, the repository to push to")
-    if args.repo_id:
-        check_repo_id(args.repo_id)
-    if args.n_training_episodes < args.num_envs:
-        fail(f"--n-training-episodes {args.n_training_episodes} is less than one update's, --num-envs {args.num_envs}")
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb, or drop --track")
+    if args.resume and any(getattr(args, name) != checkpoint["args"][name] for name in ("env_id", "h_size")):
+        fail("--env-id and --h-size cannot change on --resume: what the run has learned is about the old ones")
     return args
 
 
-def boolean(text):
-    """argparse type: True or False."""
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() in ("true", "1", "yes")
+# --- The environment -------------------------------------------------------------------------------------------------
+
+# Names that leaderboards and model cards know, and the version that Gymnasium has of them now. The defaults did not
+# change: v3 of LunarLander widened the observation bounds and fixed resets, v4 of Taxi changed rare modes only.
+RETIRED = {"LunarLander-v2": "LunarLander-v3", "Taxi-v3": "Taxi-v4"}
 
 
-def number(kind, low, high=math.inf):
-    """argparse type: a finite number of this kind (int or float), from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"between {low} and {high}" if high < math.inf else f"a finite number from {low} up"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in its message: "invalid int value"
-    return parse
+def full_id(env_id):
+    """An id with its version: CartPole-v1, the newest, for CartPole; LunarLander-v2, which leaderboards know."""
+    for retired in RETIRED:
+        if retired.startswith(f"{env_id}-v"):
+            return retired
+    namespace, name, version = gym.envs.registration.parse_env_id(env_id)
+    newest = gym.envs.registration.find_highest_version(namespace, name)
+    return f"{env_id}-v{newest}" if version is None and newest is not None else env_id
 
 
-def layer_sizes(text):
-    """argparse type: the sizes of hidden layers, with commas between them."""
-    try:
-        sizes = [int(size) for size in text.strip("[]").split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither one layer's size, such as 16, nor several: 64,128")
-    return sizes
+def make_env(env_id, render_mode=None):
+    """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script.
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------------
+    Where it has no time limit of its own, it gets one of EVAL_MAX_STEPS.
+    """
+    if render_mode == "rgb_array":
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display; SDL complains where there is none
+    spec = gym.registry.get(env_id)
+    if spec is None and env_id in RETIRED:
+        spec = dataclasses.replace(gym.spec(RETIRED[env_id]), id=env_id)
+    env = gym.make(spec or env_id, render_mode=render_mode, disable_env_checker=True)
+    if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
+        raise gym.error.Error(f"{env_id}: this script needs discrete actions, and its are {env.action_space}")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        raise gym.error.Error(f"{env_id}: this script needs vector observations, and its are {env.observation_space}")
+    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, EVAL_MAX_STEPS)
 
 
 class Pixelcopter(gym.Env):
@@ -281,12 +214,13 @@ class Pixelcopter(gym.Env):
         for block in self.blocks:
             block[0] -= shift
 
-        # The copter's 2 x 2 and a block's 4 x 9 pixels overlap; the cave counts by the copter's exact height.
+        # The copter's 2 x 2 and a block's 4 x 9 pixels overlap. The cave counts by the copter's exact height, where a
+        # piece's pixels [x - 2, x + 2) overlap its [15, 17).
         crashed = y < 6 or y > 42
         for block_x, block_y in self.blocks:
             crashed |= 14 <= block_x < 19 and -4 <= int(y) - block_y <= 5
-        for i in self._pieces_here():
-            crashed |= y - 2.4 <= self.piece_y[i] - 12 or y >= self.piece_y[i] + 12
+        for piece_y in self.piece_y[bisect_left(self.piece_x, 14) : bisect_left(self.piece_x, 19)]:
+            crashed |= y - 2.4 <= piece_y - 12 or y >= piece_y + 12
 
         reward = -5.0 if crashed else 0.0
         if len(self.blocks) == 1 and self.blocks[0][0] <= 16:
@@ -327,11 +261,6 @@ class Pixelcopter(gym.Env):
         self.piece_x += centres
         self.piece_y += [int(24 + 6 * math.sin(frequency * x + phase)) for x, phase in zip(centres, jitter)]
 
-    def _pieces_here(self):
-        """Indices of the pieces above and below the copter: their pixels [x - 2, x + 2) overlap its [15, 17)."""
-        first = bisect_left(self.piece_x, 14)
-        return range(first, bisect_left(self.piece_x, 19, first))
-
     def _observation(self):
         x, y = min(block for block in self.blocks if block[0] > 16)
         middle = self.piece_y[bisect_left(self.piece_x, 14)]
@@ -343,67 +272,26 @@ gym.registry.pop("Pixelcopter-PLE-v0", None)  # a notebook cell may run twice
 gym.register("Pixelcopter-PLE-v0", entry_point=Pixelcopter)
 
 
-# Names that leaderboards and model cards know, and the version that Gymnasium has of them now. The defaults did not
-# change: v3 of LunarLander widened the observation bounds and fixed resets, v4 of Taxi changed its rainy and fickle
-# modes only.
-RETIRED = {"LunarLander-v2": "LunarLander-v3", "Taxi-v3": "Taxi-v4"}
+# --- The agent -------------------------------------------------------------------------------------------------------
 
 
-def make_env(env_id, render_mode=None):
-    """Make one environment; retired names get the current version under their old name.
+class Agent(nn.Module, PyTorchModelHubMixin):
+    """The policy: a network from observations to the logits of the actions, with hidden layers of the sizes h_size.
 
-    An environment without a time limit of its own gets one of EVAL_MAX_STEPS. Exits with one line where Gymnasium does
-    not know the name, or the spaces are not what this script can learn.
-    """
-    if render_mode == "human" and not has_display():
-        fail("--render opens a window, and there is no display here")
-    if render_mode == "rgb_array" and not has_display():
-        os.environ["SDL_VIDEODRIVER"] = "dummy"  # frames need no display, but SDL complains where it finds none
-    try:
-        spec = gym.registry.get(env_id)
-        if spec is None and env_id in RETIRED:
-            spec = dataclasses.replace(gym.spec(RETIRED[env_id]), id=env_id)
-        env = gym.make(spec or env_id, render_mode=render_mode, disable_env_checker=True)
-        if env.spec.max_episode_steps is None:
-            env = gym.wrappers.TimeLimit(env, EVAL_MAX_STEPS)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
-        fail(f"--env-id {env_id}: this script needs discrete actions, and its are {env.action_space}")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        fail(f"--env-id {env_id}: this script needs vector observations, and its are {env.observation_space}")
-    return env
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Agent(nn.Module):
-    """The policy: a network from observations to the logits of the actions.
-
-    h_size: list of the hidden layers' sizes.
     The observations' mean and standard deviation are part of the model: it is trained on standardised ones.
     """
 
-    def __init__(self, n_observations, n_actions, h_size):
+    def __init__(self, n_observations, n_actions, h_size=(16,)):
         super().__init__()
-        self.actor = relu_network([n_observations, *h_size, n_actions])
+        sizes = pairwise([n_observations, *h_size, n_actions])
+        layers = [layer for n_inputs, n_outputs in sizes for layer in (nn.Linear(n_inputs, n_outputs), nn.ReLU())]
+        self.actor = nn.Sequential(*layers[:-1])
         self.register_buffer("mean", torch.zeros(n_observations))
         self.register_buffer("std", torch.ones(n_observations))
 
 
-def relu_network(sizes):
-    """Linear layers between these sizes, with ReLU between the layers."""
-    layers = []
-    for n_inputs, n_outputs in itertools.pairwise(sizes):
-        layers += [nn.Linear(n_inputs, n_outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def policy_layers(agent):
-    """The weights of the policy as [(weight, bias), ...] NumPy arrays, for `choose_actions`.
+def numpy_layers(agent):
+    """The weights of the policy as [(weight, bias), ...] NumPy arrays, for `act`.
 
     Standardising the observations is a linear map, so it goes into the first layer.
     """
@@ -414,14 +302,13 @@ def policy_layers(agent):
     return [(weight.cpu().numpy().T, bias.cpu().numpy()) for weight, bias in layers]
 
 
-def choose_actions(layers, observations, noise=0.0):
+def act(layers, observations, noise=0.0):
     """Choose an action for each observation: the policy's forward pass in NumPy.
 
-    For a few observations through a network this small, NumPy takes a quarter of PyTorch's time.
-
-    layers: from `policy_layers`; observations: (N, n_observations); returns (N,) int64. Without noise: the most
-    probable actions. With standard Gumbel noise, (N, n_actions): samples from softmax(logits), because
-    argmax(logits + noise) is distributed so (the Gumbel-max trick).
+    For a few observations through a network this small, that takes a quarter of PyTorch's time. layers: from
+    `numpy_layers`; observations: (N, n_observations); returns (N,) int64. Without noise: the most probable actions.
+    With standard Gumbel noise, (N, n_actions): samples from softmax(logits), because argmax(logits + noise) is
+    distributed so (the Gumbel-max trick).
     """
     hidden = observations
     for weight, bias in layers[:-1]:
@@ -439,20 +326,18 @@ def evaluate_actions(actor, observations, actions):
 
 def make_policy(agent, deterministic=True, seed=0):
     """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions."""
-    layers = policy_layers(agent)
+    layers = numpy_layers(agent)
     n_actions = len(layers[-1][1])
     rng = np.random.default_rng(seed)
 
     def policy(observation):
         noise = 0.0 if deterministic else rng.gumbel(size=(1, n_actions))
-        return int(choose_actions(layers, np.asarray(observation, dtype=np.float32)[None], noise)[0])
+        return int(act(layers, np.asarray(observation, dtype=np.float32)[None], noise)[0])
 
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The math
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The math --------------------------------------------------------------------------------------------------------
 
 
 def discounted_returns(rewards, gamma):
@@ -476,138 +361,18 @@ def standardise_returns(returns):
     return (returns - returns.mean()) / (deviation + np.finfo(np.float32).eps)
 
 
-def merge_moments(mean, std, n, observations):
-    """The mean and standard deviation (n_observations,) of n observations and these, (B, n_observations), together.
+def merge_moments(mean, std, n, batch):
+    """The mean and standard deviation (n_observations,) of n observations and a batch, (B, n_observations), together.
 
     Chan et al., 1979 (Updating Formulae and a Pairwise Algorithm for Computing Sample Variances). A deviation below
     0.001 is taken for that, lest a constant be blown up.
     """
-    batch = torch.from_numpy(observations).to(mean.device)
     share, difference = len(batch) / (n + len(batch)), batch.mean(dim=0) - mean
     variance = (1 - share) * (std.square() + share * difference.square()) + share * batch.var(dim=0, correction=0)
     return mean + share * difference, variance.sqrt().clamp(min=1e-3)
 
 
-def policy_objective(log_probs, returns, n_episodes):
-    """What the update ascends: the mean over the episodes of the sum over t of G_t * ln pi(A_t | S_t). Both: (B,).
-
-    Its gradient is that of the expected return (the policy gradient theorem; Sutton and Barto, 2018, equation 13.8).
-    The book's algorithm has a factor gamma^t besides, which nearly nobody applies, the course neither: it would all but
-    ignore what happens late in an episode.
-    """
-    return (log_probs * returns).sum() / n_episodes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def train(args, run_folder):
-    """Train an agent with REINFORCE and return it; with --resume, go on from the checkpoint in run_folder.
-
-    Writes TensorBoard events, checkpoint.pt and, with --capture-video, videos/ into run_folder.
-    """
-    torch.set_num_threads(1)  # sharing work this small between threads costs more than it saves
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)  # the initial weights
-    rng = np.random.default_rng(args.seed)  # the actions
-
-    # Initialise the policy parameters theta.
-    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
-    n_observations, n_actions = envs[0].observation_space.shape[0], int(envs[0].action_space.n)
-    agent = Agent(n_observations, n_actions, args.h_size).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
-
-    num_updates = args.n_training_episodes // args.num_envs
-    first_update = global_step = 0
-    recent_returns = deque(maxlen=100)  # of the episodes that ended last
-    env_seeds = [args.seed + i for i in range(args.num_envs)]
-    if args.resume:
-        checkpoint = load_checkpoint(run_folder)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        rng.bit_generator.state = checkpoint["rng"]
-        first_update, global_step = checkpoint["update"], checkpoint["global_step"]
-        recent_returns.extend(checkpoint["recent_returns"])
-        env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
-    for env, seed in zip(envs, env_seeds):
-        env.reset(seed=seed)  # from here on, each draws its own episodes
-
-    def save_checkpoint(update):
-        state = {
-            "script": SCRIPT,
-            "args": hyperparameters_of(args),
-            "update": update,
-            "global_step": global_step,
-            "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rng": rng.bit_generator.state,
-            "recent_returns": list(recent_returns),
-        }
-        save_tensors(state, run_folder / "checkpoint.tmp")
-        os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")  # atomic: never half a checkpoint
-
-    if args.track:
-        start_wandb(args, run_folder)
-    save_checkpoint(first_update)
-    last_checkpoint = time.monotonic()
-    first_step = global_step
-    with (
-        contextlib.ExitStack() as at_the_end,
-        SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
-        Progress(num_updates * args.num_envs, first_update * args.num_envs, "episode") as progress,
-    ):
-        for env in envs:
-            at_the_end.callback(env.close)
-        writer.add_text("hyperparameters", markdown_table(hyperparameters_of(args)))
-        # Loop forever (for each episode; with --num-envs, for each batch of episodes):
-        for update in range(first_update, num_updates):
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - update / num_updates) * args.lr
-
-            # 1. Generate an episode S_0, A_0, R_1, ..., S_{T-1}, A_{T-1}, R_T, following pi(. | ., theta).
-            observations, actions, rewards = play_episodes(envs, policy_layers(agent), rng, args.max_t)
-
-            # 2. Loop for each step of the episode: the return G_t.
-            returns = np.concatenate([discounted_returns(episode, args.gamma) for episode in rewards])
-
-            # 3. theta <- theta + learning_rate * G_t * gradient of ln pi(A_t | S_t, theta), for all t in one pass.
-            inputs = (torch.from_numpy(observations).to(device) - agent.mean) / agent.std
-            log_probs, entropy = evaluate_actions(agent.actor, inputs, torch.from_numpy(actions).to(device))
-            returns = torch.from_numpy(standardise_returns(returns)).float().to(device)
-            objective = policy_objective(log_probs, returns, args.num_envs)
-            optimizer.zero_grad()
-            (-objective).backward()
-            optimizer.step()
-            if args.norm_obs:  # only now, for the update is one of the policy that acted
-                agent.mean, agent.std = merge_moments(agent.mean, agent.std, global_step, observations)
-            global_step += len(observations)
-
-            steps_per_second = (global_step - first_step) / (time.monotonic() - progress.started)
-            episode_returns = [sum(episode) for episode in rewards]
-            recent_returns.extend(episode_returns)
-            writer.add_scalar("charts/episodic_return", np.mean(episode_returns), global_step)
-            writer.add_scalar("charts/episodic_length", len(observations) / args.num_envs, global_step)
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", steps_per_second, global_step)
-            writer.add_scalar("losses/policy_loss", -objective.item(), global_step)
-            writer.add_scalar("losses/entropy", entropy.item(), global_step)
-            writer.flush()  # else TensorBoard's thread writes during the episode, and takes the GIL at every step of it
-            progress.update((update + 1) * args.num_envs, recent_returns)
-
-            tenth = (update + 1) * 10 // num_updates
-            if args.capture_video and tenth > update * 10 // num_updates:
-                with contextlib.closing(make_env(args.env_id, "rgb_array")) as env:
-                    policy = make_policy(agent, deterministic=False, seed=args.seed)
-                    record_video(env, policy, run_folder / "videos" / f"step-{global_step}.mp4")
-            is_due = time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS
-            if is_due or asked_to_stop or update == num_updates - 1:
-                save_checkpoint(update + 1)
-                last_checkpoint = time.monotonic()
-            stop_if_asked()
-    return agent
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def play_episodes(envs, layers, rng, max_t):
@@ -624,9 +389,9 @@ def play_episodes(envs, layers, rng, max_t):
     observations, actions, players = [], [], []  # a row for each t: of the episodes that are still going on
     rewards = [[] for _ in envs]
     playing = list(range(len(envs)))
-    for _ in range(max_t):
+    while playing and len(players) < max_t:
         batch = np.array([current[i] for i in playing], dtype=np.float32)
-        chosen = choose_actions(layers, batch, rng.gumbel(size=(len(playing), n_actions)))
+        chosen = act(layers, batch, rng.gumbel(size=(len(playing), n_actions)))
         observations.append(batch)
         actions.append(chosen)
         players.append(playing)
@@ -637,62 +402,149 @@ def play_episodes(envs, layers, rng, max_t):
             if not (terminated or truncated):
                 still_playing.append(i)
         playing = still_playing
-        if not playing:
-            break
     order = np.argsort(np.concatenate(players), kind="stable")  # by episode, and within it by time
     return np.concatenate(observations)[order], np.concatenate(actions)[order], rewards
 
 
-class Progress:
-    """A bar in a terminal or a notebook; where the output goes elsewhere, a plain line every ten seconds."""
+def update(agent, optimizer, observations, actions, returns, n_episodes):
+    """theta <- theta + learning_rate * G_t * gradient of ln pi(A_t | S_t, theta), for all steps of n_episodes at once.
 
-    def __init__(self, total, start, unit="step"):
-        in_view = sys.stderr.isatty() or in_notebook()
-        self.bar = tqdm(total=total, initial=start, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not in_view)
-        self.total, self.start, self.unit = total, start, unit
-        self.started = self.last_line = time.monotonic()
+    observations: (B, n_observations); actions, returns: (B,). Returns statistics, {name: 0-d tensor}.
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def rate(self, now):
-        """Steps per second in this process."""
-        return int((now - self.start) / (time.monotonic() - self.started))
-
-    def update(self, now, recent_returns):
-        """Show that training has come to step `now`, and the mean of the recent returns."""
-        mean_return = f"{np.mean(recent_returns):.2f}" if recent_returns else "none yet"
-        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
-        self.bar.update(now - self.bar.n)
-        if self.bar.disable and (time.monotonic() - self.last_line > 10 or now >= self.total):
-            self.last_line = time.monotonic()
-            rate = self.rate(now)
-            left = f", {tqdm.format_interval((self.total - now) / rate)} left" if rate and now < self.total else ""
-            print(
-                f"{now:,} of {self.total:,} {self.unit}s, return {mean_return}, {rate:,} {self.unit}s/s{left}",
-                flush=True,
-            )
+    What this ascends is the mean over the episodes of the sum over t of G_t * ln pi(A_t | S_t, theta), whose gradient
+    is that of the expected return (the policy gradient theorem; Sutton and Barto, 2018, equation 13.8). The book's
+    algorithm has a factor gamma^t besides, which nearly nobody applies, the course neither: it would all but ignore
+    what happens late in an episode.
+    """
+    log_probs, entropy = evaluate_actions(agent.actor, (observations - agent.mean) / agent.std, actions)
+    objective = (returns * log_probs).sum() / n_episodes
+    optimizer.zero_grad()
+    (-objective).backward()
+    optimizer.step()
+    return {"policy_loss": -objective.detach(), "entropy": entropy.detach()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and replay
-# ---------------------------------------------------------------------------------------------------------------------
+def train(args, run_folder):
+    """Train an agent with REINFORCE; with --resume, go on from the checkpoint in run_folder, where checkpoints and
+    curves go. Returns the agent and the number of steps it was trained for.
+    """
+    torch.set_num_threads(1)  # sharing work this small between threads costs more than it saves
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)  # the initial weights
+    rng = np.random.default_rng(args.seed)  # the actions
+
+    # Initialise the policy parameters theta.
+    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+    agent = Agent(envs[0].observation_space.shape[0], int(envs[0].action_space.n), args.h_size).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.lr, fused=True)
+
+    num_updates = args.n_training_episodes // args.num_envs
+    episodes = global_step = 0
+    recent_returns = deque(maxlen=100)  # of the episodes that ended last
+    env_seeds = [args.seed + i for i in range(args.num_envs)]
+    if args.resume:
+        checkpoint = load_checkpoint(run_folder)
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        rng.bit_generator.state = checkpoint["rng"]
+        episodes, global_step = checkpoint["episodes"], checkpoint["global_step"]
+        recent_returns.extend(checkpoint["recent_returns"])
+        msg.info(f"Resumed after {episodes:,} episodes, {args.n_training_episodes - episodes:,} to go")
+        env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
+    for env, seed in zip(envs, env_seeds):
+        env.reset(seed=seed)  # from here on, each draws its own episodes
+
+    first_step, last_checkpoint = global_step, 0.0
+    with (
+        SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
+        progress_bar(args.n_training_episodes, episodes, "episode") as bar,
+    ):
+        writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
+        # Loop forever (for each episode; with --num-envs, for each batch of episodes):
+        for iteration in range(episodes // args.num_envs, num_updates):
+            learning_rate = args.lr * (1 - iteration / num_updates if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
+
+            # 1. Generate an episode S_0, A_0, R_1, ..., S_{T-1}, A_{T-1}, R_T, following pi(. | ., theta).
+            observations, actions, rewards = play_episodes(envs, numpy_layers(agent), rng, args.max_t)
+
+            # 2. Loop for each step of the episode: the return G_t.
+            returns = np.concatenate([discounted_returns(episode, args.gamma) for episode in rewards])
+            returns = standardise_returns(returns).astype(np.float32)
+
+            # 3. theta <- theta + learning_rate * G_t * gradient of ln pi(A_t | S_t, theta).
+            batch = [torch.from_numpy(array).to(device) for array in (observations, actions, returns)]
+            losses = update(agent, optimizer, *batch, args.num_envs)
+            if args.norm_obs:  # only now, for the update is one of the policy that acted
+                agent.mean, agent.std = merge_moments(agent.mean, agent.std, global_step, batch[0])
+            global_step += len(observations)
+            episodes = (iteration + 1) * args.num_envs
+
+            # 4. Statistics: the means over these episodes.
+            for name, value in losses.items():
+                writer.add_scalar(f"losses/{name}", float(value), global_step)
+            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+            episode_returns = [sum(episode) for episode in rewards]
+            writer.add_scalar("charts/episodic_return", np.mean(episode_returns), global_step)
+            writer.add_scalar("charts/episodic_length", len(observations) / args.num_envs, global_step)
+            recent_returns.extend(episode_returns)
+            bar.set_postfix_str(f"return {np.mean(recent_returns):.2f}", refresh=False)
+            bar.update(args.num_envs)
+            writer.add_scalar("charts/SPS", (global_step - first_step) / bar.format_dict["elapsed"], global_step)
+            writer.flush()  # else TensorBoard's thread writes during the episode, and takes the GIL at every step of it
+
+            tenth = (iteration + 1) * 10 // num_updates
+            if args.capture_video and tenth > iteration * 10 // num_updates:
+                policy = make_policy(agent, deterministic=False, seed=args.seed)
+                record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
+            if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_updates - 1:
+                state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
+                state |= dict(episodes=episodes, global_step=global_step, recent_returns=[*recent_returns])
+                save_checkpoint(run_folder, args, **state)
+                last_checkpoint = time.monotonic()
+    return agent, global_step
 
 
-def evaluate_agent(env, policy, n_eval_episodes, seeds):
-    """Play n_eval_episodes episodes, one per seed; returns the mean and the standard deviation of their returns.
+def progress_bar(total, done, unit):
+    """tqdm's bar; where stderr is no terminal and no notebook, its text as a plain line every ten seconds."""
+    if sys.stderr.isatty() or in_notebook():
+        return tqdm(total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
+    lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
+    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=lines, mininterval=10, miniters=1, ncols=0)
+
+
+def save_checkpoint(run_folder, args, **state):
+    """Replace the checkpoint by this state, atomically: there is never half of one."""
+    buffer = io.BytesIO()  # by itself, torch.save calls a full disk a RuntimeError; here it is an OSError as elsewhere
+    torch.save({"script": SCRIPT, "args": vars(args), **state}, buffer)
+    (run_folder / "checkpoint.tmp").write_bytes(buffer.getvalue())
+    os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")
+
+
+def load_checkpoint(run_folder):
+    """The last checkpoint of a run, as a dict. Nothing in the file can run."""
+    try:
+        checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
+        fail(f"--resume {run_folder}: its checkpoint.pt was not loaded ({type(error).__name__})")
+    return checkpoint if script == SCRIPT else fail(f"--resume {run_folder}: that is a run of {script}")
+
+
+# --- Evaluation and replay -------------------------------------------------------------------------------------------
+
+
+def evaluate_agent(env, policy, seeds):
+    """Play one episode per seed; returns the mean and the standard deviation of their returns.
 
     policy: a function observation -> action. Returns are undiscounted sums of the environment's own rewards.
     """
     episode_returns = []
-    for seed, _ in zip(seeds, range(n_eval_episodes), strict=True):
+    for seed in seeds:
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
         while not done:
-            stop_if_asked()
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -700,527 +552,182 @@ def evaluate_agent(env, policy, n_eval_episodes, seeds):
     return float(np.mean(episode_returns)), float(np.std(episode_returns))
 
 
-def record_video(env, policy, path, fps=None, seed=None):
-    """Film one whole episode as H.264 that plays in every browser, by default at the environment's own frame rate.
+def record_video(env, policy, path, seed=None):
+    """Film one episode as H.264, which plays in every browser, at the environment's own frame rate.
 
     env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fps = fps or env.metadata["render_fps"]
-    # yuv420p wants even sides: imageio's own way there is to rescale, so the last odd row or column is cut here.
-    # faststart puts the index first, so that the video plays while it loads.
-    options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
-    with imageio.get_writer(path, fps=fps, ffmpeg_log_level="quiet", **options) as video:
+    with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="error") as film:
         observation, _ = env.reset(seed=seed)
         done = False
         while True:
-            stop_if_asked()
             rendered = env.render()
             for frame in rendered if isinstance(rendered, list) else [rendered]:
-                video.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
+                film.append_data(frame)
             if done:
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    try:  # imageio does not hear of it when ffmpeg fails at the end, where the disk is full
-        imageio.get_reader(path).close()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"{path} was not written to its end, is the disk full?") from error
+    imageio.get_reader(path).close()  # an OSError where the disk was full, of which the writer does not hear
 
 
-def random_policy(env, seed):
-    """The baseline that every agent should beat: actions drawn uniformly."""
-    env.action_space.seed(seed)
-    return lambda observation: env.action_space.sample()
+def score_and_film(env, policy, seeds, folder=None, metrics=dict):
+    """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
 
-
-def evaluate(env, policy, args, seeds, video_fps=None, metrics=dict):
-    """--evaluate: play and film without training. Returns the mean and the standard deviation of the returns.
-
-    metrics: a function that returns {name: value} of what else is to be said about the episodes just played.
+    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
-    msg.info(f"Playing {args.n_eval_episodes} episodes of {args.env_id} with {args.evaluate}")
-    mean_reward, std_reward = evaluate_agent(env, policy, args.n_eval_episodes, seeds)
-    print_score(mean_reward, std_reward, args.n_eval_episodes, metrics())
-    if not args.render:
-        replay = new_run_folder(args) / "replay.mp4"
-        record_video(env, policy, replay, video_fps, seed=seeds[0])
-        msg.good(f"Replay: {replay}")
-        show_video(replay)
-    return mean_reward, std_reward
+    msg.info(f"Playing {len(seeds)} episodes")
+    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
+    score = {"mean_reward": mean_reward, "std_reward": std_reward, **metrics()}
+    result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
+    more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
+    msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
+    if folder:
+        record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
+        if in_notebook():
+            from IPython.display import Video, display
+
+            display(Video(folder / "replay.mp4", embed=True))
+    return score
 
 
-def print_score(mean_reward, std_reward, n_eval_episodes, metrics):
-    """The score, what the course's leaderboard makes of it, and {name: value} of further metrics."""
-    score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f}"
-    more = "".join(f", {name} {value:.2f}" for name, value in metrics.items())
-    msg.good(f"{score} over {n_eval_episodes} episodes (result {mean_reward - std_reward:.2f}){more}")
+# --- The run folder, the package and the Hub -------------------------------------------------------------------------
 
 
-def show_video(path):
-    """Show the video inline where there is a notebook to show it in."""
-    if in_notebook():
-        from IPython.display import Video, display
-
-        display(Video(path, embed=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder, the package and the Hub
-# ---------------------------------------------------------------------------------------------------------------------
+def new_folder(args, purpose):
+    """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
+    name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
+    folder.mkdir(parents=True)
+    return folder
 
 
-def new_run_folder(args):
-    """Make runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-    run_folder = Path("runs") / re.sub(r"[^\w.-]", "-", name)
-    run_folder.mkdir(parents=True)
+def start_run(args):
+    """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    if args.track:
+        import wandb
+    run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
+    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+        (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
+    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
+    print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
+    if args.track:
+        wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
 
 def hyperparameters_of(args):
-    """The flags that say how an agent is trained and scored, as a dict for JSON."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
+    now = ("resume", "evaluate", "render", "play", "rom")
+    return {name: value for name, value in vars(args).items() if name not in now}
 
 
-def markdown_table(values):
-    """A dict as a Markdown table."""
-    return "| name | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in values.items())
+def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
+    """Score, film and describe the agent in run_folder/hub, built beside its place and moved there whole; push it.
 
-
-def script_source():
-    """The text of this script: a file's, or a notebook cell's, which Python keeps as well."""
-    return "".join(linecache.getlines(main.__code__.co_filename))
-
-
-def load_checkpoint(run_folder):
-    """The last checkpoint of a run, as a dict."""
-    path = Path(run_folder) / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"--resume {run_folder}: there is no checkpoint.pt in that folder")
-    checkpoint = load_tensors(path, f"--resume {run_folder}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        fail(f"--resume {run_folder}: that checkpoint is not one of {SCRIPT}")
-    return checkpoint
-
-
-def load_tensors(path, source):
-    """Load a file of torch.save without running anything in it; source: what a message calls the place it is from."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of unusual pickles; the line below says what there is to say
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        why = "it is damaged, or a pickle of something else"
-        if refused:
-            why = f"it is a whole pickled object, not a state_dict: it names {refused[1]}, which could run any code"
-        fail(f"{source}: {path.name} was not loaded: {why}")
-
-
-def save_tensors(values, path):
-    """torch.save, but a full disk is an OSError as everywhere else."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    path.write_bytes(buffer.getvalue())
-
-
-@contextlib.contextmanager
-def resumable(run_folder):
-    """Make Ctrl-C, SIGTERM and a full disk end the run with one line that says how to go on."""
-
-    def on_signal(signum, frame):
-        asked_to_stop.append(signum)  # no more than that: an exception could break into a library that holds a lock
-        if len(asked_to_stop) > 1:  # nobody presses Ctrl-C twice without meaning it
-            raise KeyboardInterrupt(signum)
-
-    def go_on():
-        has_begun = (run_folder / "checkpoint.pt").exists()
-        return f"go on with: {command('--resume', run_folder)}" if has_begun else "training had not begun"
-
-    asked_to_stop.clear()
-    # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
-    try:
-        with handling_signals(on_signal):
-            yield
-    except KeyboardInterrupt as stop:
-        fail(f"Stopped; {go_on()}", code=exit_code(stop))
-    except OSError as error:
-        fail(f"{first_sentence(error)}; {go_on()}", code=1)
-    finally:
-        threading.excepthook = threading.__excepthook__
-
-
-@contextlib.contextmanager
-def handling_signals(handler):
-    """Let handler(signum, frame) answer Ctrl-C and SIGTERM for a while."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler_before in previous.items():
-            signal.signal(number, handler_before)
-
-
-def stop_if_asked():
-    """Raise the KeyboardInterrupt that `resumable` has kept for a moment when nothing is half done."""
-    if asked_to_stop:
-        raise KeyboardInterrupt(asked_to_stop[0])
-
-
-def raise_interrupt(signum, frame):
-    """A signal handler for where waiting is all that goes on, as in an upload."""
-    raise KeyboardInterrupt(signum)
-
-
-def exit_code(stop):
-    """The exit code that a shell expects after a signal; stop: the KeyboardInterrupt that it became."""
-    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-
-
-def start_wandb(args, run_folder):
-    """Send to Weights & Biases whatever goes to TensorBoard."""
-    import wandb
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        name=run_folder.name,
-        config=hyperparameters_of(args),
-        sync_tensorboard=True,
-        save_code=True,
-    )
-
-
-def save_agent(agent, path):
-    """Save the weights as a state_dict on the CPU, each tensor with its own memory."""
-    save_tensors({name: tensor.cpu().clone() for name, tensor in agent.state_dict().items()}, path)
-
-
-def package_to_hub(
-    agent,
-    policy,
-    env,
-    env_name,
-    hyperparameters,
-    seeds,
-    run_folder,
-    repo_id=None,
-    video_fps=None,
-    commit_message=f"{ALGORITHM} agent",
-    token=None,
-    logs=None,
-    metrics=dict,
-):
-    """Evaluate, film and describe the agent in run_folder/hub, and push that to repo_id if there is one.
-
-    policy: observation -> action, what is scored; env: made with render_mode="rgb_array"; env_name: what the card
-    calls it; hyperparameters: a dict for JSON, with env_id and n_eval_episodes; seeds: one per evaluation episode;
-    logs: folder of TensorBoard events; metrics: a function that returns {name: value} of what else is to be said about
-    the evaluation episodes. The package is built beside its final place and moved there whole. Returns its path.
+    env: made with render_mode="rgb_array"; policy: observation -> action, what is scored on these seeds; save_model: a
+    function that writes the model into a folder; about: what results.json and the card say besides, with "env_name",
+    what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    hyperparameters = {name: value for name, value in hyperparameters.items() if name != "repo_id"}  # --push may choose
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-    n_eval_episodes = hyperparameters["n_eval_episodes"]
-    msg.info(f"Playing {n_eval_episodes} evaluation episodes on seeds that training has not seen")
-    mean_reward, std_reward = evaluate_agent(env, policy, n_eval_episodes, seeds)
-    metrics = metrics()
-    print_score(mean_reward, std_reward, n_eval_episodes, metrics)
-    results = {
-        "env_id": hyperparameters["env_id"],
-        "env_name": env_name,
-        "mean_reward": mean_reward,
-        "std_reward": std_reward,
-        "metrics": metrics,
-        "n_eval_episodes": n_eval_episodes,
-        "deterministic_eval": hyperparameters.get("deterministic_eval", True),
-        "eval_datetime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    (partial / "logs").mkdir(parents=True)
+    save_model(partial)
+    score = score_and_film(env, policy, seeds, partial, metrics)
+    results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
+    results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters, indent=2) + "\n")
-    save_agent(agent, partial / MODEL_FILE)
+    (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
+    (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
     shutil.copy(run_folder / SCRIPT, partial)
-    record_video(env, policy, partial / "replay.mp4", video_fps, seed=seeds[0])
-    if logs:
-        (partial / "logs").mkdir()
-        for events in Path(logs).glob("events.out.tfevents*"):
-            shutil.copy(events, partial / "logs")
-    write_model_card(partial, repo_id)
-
+    for events in [*run_folder.glob("events.out.tfevents*"), *package.glob("logs/*")]:  # the latter: before --resume
+        shutil.copy(events, partial / "logs")
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
+    for events in run_folder.glob("events.out.tfevents*"):
+        events.unlink()  # else TensorBoard would show the run twice
+    command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
-    show_video(package / "replay.mp4")
-    if repo_id:
-        push_to_hub(package, repo_id, commit_message, token)
-    return package
+    print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
+    if args.repo_id:
+        try:
+            url = HfApi().upload_folder(repo_id=args.repo_id, folder_path=package, delete_patterns="logs/*").repo_url
+        except (HTTPError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            fail(f"not pushed: {str(error) or 'stopped'}; the package is complete, push it with: {command}", code=1)
+        msg.good(f"Pushed: {url}")
 
 
-def read_package(package):
-    """The results.json and the hyperparameters.json of a package, as dicts; exits where they are not ours."""
-    try:
-        results = json.loads((package / "results.json").read_text())
-        hyperparameters = json.loads((package / "hyperparameters.json").read_text())
-        measured = [results["mean_reward"], results["std_reward"], *results.get("metrics", {}).values()]
-        ours = {"env_name", "n_eval_episodes", "deterministic_eval"} <= results.keys()
-        ours = ours and all(isinstance(value, int | float) for value in measured)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        ours = False
-    if not ours or not isinstance(hyperparameters, dict):
-        fail(f"{package} is not a package of {SCRIPT}: its results.json and hyperparameters.json are not those of one")
-    return results, hyperparameters
+def model_card(args, results, metrics):
+    """The package's README.md: metadata as the course's leaderboard reads it, the score, and how to use the agent."""
+    env_name, repo_id = results["env_name"], args.repo_id or "user/name"
+    score = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
+    task = dict(task_type="reinforcement-learning", dataset_type=env_name, dataset_name=env_name)
+    entries = [EvalResult(**task, metric_type="mean_reward", metric_value=score)]
+    entries += [EvalResult(**task, metric_type=name, metric_value=results[name]) for name in metrics]
+    tags = [env_name, *CARD_TAGS]
+    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=entries)
+    return f"""\
+---
+{data.to_yaml()}
+---
 
-
-def write_model_card(package, repo_id):
-    """Write the package's README.md from its results.json and hyperparameters.json.
-
-    The metadata is what the course's leaderboard reads: the tags, and mean_reward as "mean +/- std".
-    """
-    results, hyperparameters = read_package(package)
-    env_name, mean_reward, std_reward = results["env_name"], results["mean_reward"], results["std_reward"]
-    repo_id = repo_id or "user/name"  # --push fills it in
-    module = SCRIPT.removesuffix(".py")
-    actions = "the most probable action" if results["deterministic_eval"] else "sampled actions"
-    more = results.get("metrics", {})
-    metrics = {"mean_reward": f"{mean_reward:.2f} +/- {std_reward:.2f}", **more}
-    more_text = "".join(f", {name} **{value:.2f}**" for name, value in more.items())
-    metadata = ModelCardData(
-        model_name=ALGORITHM,
-        tags=[env_name, *CARD_TAGS],
-        pipeline_tag="reinforcement-learning",
-        eval_results=[
-            EvalResult(
-                task_type="reinforcement-learning",
-                task_name="reinforcement-learning",
-                dataset_type=env_name,
-                dataset_name=env_name,
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in metrics.items()
-        ],
-    )
-    text = f"""\
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{metrics["mean_reward"]}**{more_text} over {results["n_eval_episodes"]} episodes with {actions},
-on seeds that training never used. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it; the packages that
-it needs stand at its top, and `uv run {SCRIPT}` installs them by itself.
-
-## Use it
+mean_reward **{score}**{"".join(f", {name} **{results[name]:.2f}**" for name in metrics)} over
+{results["n_eval_episodes"]} episodes with {results["scored_with"]}. Trained for {results["global_step"]:,} steps by
+[{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}` installs what it needs):
 
 ```bash
 hf download {repo_id} {SCRIPT} --local-dir .
 python {SCRIPT} --evaluate {repo_id}
 ```
 
-The same in Python:
-
-```python
-import sys
-from pathlib import Path
-
-from huggingface_hub import hf_hub_download
-
-sys.path.insert(0, str(Path(hf_hub_download("{repo_id}", "{SCRIPT}")).parent))
-import {module}
-
-agent, env = {module}.load_agent("{repo_id}")
-policy = {module}.make_policy(agent)
-mean_reward, std_reward = {module}.evaluate_agent(env, policy, n_eval_episodes=10, seeds=range(10))
-print(f"{{mean_reward:.2f}} +/- {{std_reward:.2f}}")
+```json
+{json.dumps(hyperparameters_of(args), indent=2)}
 ```
-
-## Hyperparameters
-
-{markdown_table(hyperparameters)}
 """
-    (package / "README.md").write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def check_repo_id(repo_id):
-    """Exit with one line unless repo_id has the form user/name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        fail(f"{repo_id!r} is not a repo id: {first_sentence(error)}")
-    if "/" not in repo_id:
-        fail(f"{repo_id!r} is not a repo id: it takes the form user/name")
+def open_package(source, trusted_env_id=None):
+    """Find a package: a run folder's hub/, that folder itself, or a Hub repo id's. Returns its folder and its flags.
 
-
-def check_hub_access(repo_id, token=None):
-    """Before training: exit with one line unless this user may write to repo_id, which is created if need be."""
-    try:
-        api = HfApi(token=token)
-        api.whoami()
-        api.create_repo(repo_id, exist_ok=True)
-        api.auth_check(repo_id, write=True)  # create_repo is content with a repository that belongs to somebody else
-    except (HTTPError, OSError) as error:
-        fail(f"{hub_problem(error, repo_id)} (without --repo-id the package is made on disk all the same)")
-
-
-def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=None):
-    """Upload a package; logs of an earlier push are replaced. Exits with the command to try again if it fails."""
-    msg.info(f"Uploading {package} to {repo_id}")
-    write_model_card(package, repo_id)
-    go_on = f"The package is complete in {package}; push it with: {command('--push', package, '--repo-id', repo_id)}"
-    try:
-        with handling_signals(raise_interrupt):
-            api = HfApi(token=token)
-            url = api.create_repo(repo_id, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id, folder_path=package, commit_message=commit_message, delete_patterns="logs/*"
-            )
-    except KeyboardInterrupt as stop:
-        fail(f"Stopped. {go_on}", code=exit_code(stop))
-    except (HTTPError, OSError, RuntimeError) as error:
-        fail(f"{hub_problem(error, repo_id)}. {go_on}", code=1)
-    msg.good(f"Pushed: {url}")
-
-
-def hub_problem(error, repo_id):
-    """What went wrong with the Hub and what to do, in one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"not logged in to the Hugging Face Hub: run {login_command()}"
-    if status == 401:
-        return f"the Hugging Face Hub does not accept your token: run {login_command()}"
-    if status == 403:
-        return f"your token may not write to {repo_id}: use one with write access to it ({login_command()})"
-    if status == 404:
-        return f"there is no {repo_id} on the Hugging Face Hub, or you may not see it: check the name"
-    if status is not None:
-        return f"the Hugging Face Hub answered {status} for {repo_id}: try again later"
-    return f"the Hugging Face Hub cannot be reached ({first_sentence(error)}): check the network"
-
-
-def login_command():
-    """How to log in to the Hub from here."""
-    return "notebook_login() from huggingface_hub" if in_notebook() else "`hf auth login`"
-
-
-def find_package(source):
-    """The folder of a package: a run folder's hub/, that folder itself, or a download of a Hub repo id."""
-    for package in (Path(source) / "hub", Path(source)):
-        if (package / "results.json").is_file():
-            files = os.listdir(package)
-            break
-    else:
-        if Path(source).exists():
-            fail(f"{source} holds no package: no hub/results.json there; an unfinished run goes on with --resume")
-        if "/" not in str(source):
-            fail(f"{source!r} is neither a folder here nor a repo id (user/name) on the Hub")
-        check_repo_id(source)
-        try:
-            package = Path(snapshot_download(source, allow_patterns=["*.json", MODEL_FILE]))
-            files = os.listdir(package) if (package / MODEL_FILE).is_file() else HfApi().list_repo_files(source)
-        except (HTTPError, OSError) as error:
-            fail(f"{source} is no folder here, and {hub_problem(error, source)}")
-    if MODEL_FILE in files:
-        return package
-    for name in files:
-        if name.endswith(".zip"):
-            fail(f"{source} holds {name}, a Stable-Baselines3 model: its own library loads that, {SCRIPT} does not")
-    fail(f"{source}: there is no {MODEL_FILE}")
-
-
-def load_hyperparameters(source):
-    """The flags of a package, as a dict; of one that another program made, at least its environment."""
-    package = find_package(source)
-    for name in ("hyperparameters.json", "results.json"):
-        if (package / name).is_file():
-            try:
-                values = json.loads((package / name).read_text())
-            except (ValueError, RecursionError) as error:
-                fail(f"{source}: {name} is not JSON: {error}")
-            if not isinstance(values, dict) or not isinstance(values.get("env_id"), str):
-                fail(f"{source}: {name} names no env_id")
-            return values if name == "hyperparameters.json" else {"env_id": values["env_id"]}
-    fail(f"{source}: neither hyperparameters.json nor results.json there")
-
-
-def check_env_id(env_id, source):
-    """Exit with one line if the environment that a file names is in a module that gymnasium would import for it."""
-    if ":" in env_id:
-        fail(f"{source}: importing the environment {env_id} could run any code; if you trust it: --env-id {env_id}")
+    The flags are at least the env_id. An environment of a module could run any code, so it must be the trusted one.
+    """
+    folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
+    file = folder / "hyperparameters.json"
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())
+    env_id = flags.get("env_id") if isinstance(flags, dict) else None
+    if not isinstance(env_id, str) or (":" in env_id and env_id != trusted_env_id):
+        fail(f"{source}: its environment is {env_id}; one of a module could run any code, so trust it with --env-id")
+    return folder, hyperparameters_of(SimpleNamespace(**flags))
 
 
 def load_agent(source, env_id=None, render_mode=None):
-    """Load the agent of a run folder or a Hub repo id: returns it and an environment for it.
-
-    env_id: by default the one it was trained on.
-    """
-    hyperparameters = load_hyperparameters(source)
-    if env_id is None:
-        env_id = hyperparameters["env_id"]
-        check_env_id(env_id, source)
-    env = make_env(env_id, render_mode)
-    h_size = hyperparameters.get("h_size")
-    if not isinstance(h_size, list) or not all(isinstance(size, int) and 0 < size <= 2**16 for size in h_size):
-        fail(f"{source}: its hyperparameters.json has no h_size, a list of the hidden layers' sizes")
-    agent = Agent(env.observation_space.shape[0], int(env.action_space.n), h_size)
-    state_dict = load_tensors(find_package(source) / MODEL_FILE, source)
-    if not isinstance(state_dict, dict):
-        fail(f"{source}: {MODEL_FILE} holds a {type(state_dict).__name__}, not a state_dict")
-    for name, tensor in agent.state_dict().items():
-        shape = tuple(getattr(state_dict.get(name), "shape", ()))
-        if shape != tuple(tensor.shape):
-            fail(f"{source}: {name} in {MODEL_FILE} has shape {shape}, this agent's has {tuple(tensor.shape)}")
+    """Load the agent of a run folder or a Hub repo id: returns it and an environment, by default its training's."""
+    package, flags = open_package(source, env_id)
+    env = make_env(env_id or flags["env_id"], render_mode)
+    sizes = {"n_observations": env.observation_space.shape[0], "n_actions": int(env.action_space.n)}
     try:
-        agent.load_state_dict(state_dict)
-    except RuntimeError as error:
-        fail(f"{source}: {MODEL_FILE} does not fit: {' '.join(str(error).split())}")
-    return agent, env
+        return Agent.from_pretrained(package, strict=True, **sizes), env
+    except (SafetensorError, RuntimeError, TypeError) as error:
+        fail(f"{source}: the model does not fit {env.spec.id}: {error}")
 
 
-def load_from_hub(repo_id, filename):
-    """Download a file of tensors from the Hub and load it without running anything in it."""
-    check_repo_id(repo_id)
-    try:
-        path = hf_hub_download(repo_id, filename)
-    except RemoteEntryNotFoundError:
-        fail(f"{repo_id} has no file {filename}")
-    except (HTTPError, OSError) as error:
-        fail(hub_problem(error, repo_id))
-    return load_tensors(Path(path), repo_id)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Main ------------------------------------------------------------------------------------------------------------
 
 
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
     line = "error: " + " ".join(str(message).split())
-    print(color(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
+    print(line, file=sys.stderr)
     if in_notebook():  # there is no exit code, and SystemExit would show three lines more
         stop = RuntimeError(line)
         stop._render_traceback_ = list  # IPython shows what this returns: nothing
         raise stop
     sys.exit(code)
-
-
-def command(*flags):
-    """How to run this script with these flags from here."""
-    if in_notebook():
-        return f"main({[str(flag) for flag in flags]})"
-    return " ".join(["python", SCRIPT, *map(str, flags)])
-
-
-def first_sentence(error):
-    """The beginning of an error's message, for use inside a line."""
-    return re.split(r"[.:]?\s*\n|\. ", str(error).strip() or type(error).__name__)[0]
-
-
-def has_display():
-    """Whether a window can be opened."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def in_notebook():
@@ -1230,54 +737,49 @@ def in_notebook():
 
 
 def main(argv=None):
-    """Train, evaluate, or push, as the flags say. Returns the trained agent."""
-    args = parse_args(argv)
-    seeds = range(args.seed + EVAL_SEED, args.seed + EVAL_SEED + args.n_eval_episodes)
-    if args.push:
-        if not Path(args.push).exists():
-            fail(f"--push {args.push}: there is no such folder")
-        package = find_package(args.push)
-        read_package(package)  # so that a folder that is none is refused before the Hub hears of it
-        check_hub_access(args.repo_id)
-        return push_to_hub(package, args.repo_id)
-    if args.evaluate == "random":
-        env = make_env(args.env_id, "human" if args.render else "rgb_array")
-        return evaluate(env, random_policy(env, args.seed), args, seeds)
-    if args.evaluate:
-        agent, env = load_agent(args.evaluate, args.env_id, "human" if args.render else "rgb_array")
-        return evaluate(env, make_policy(agent, args.deterministic_eval, args.seed), args, seeds)
+    """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
+    run_folder = None
+    try:
+        if not in_notebook():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        args = parse_args(argv)
+        first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
+        seeds = range(first_seed, first_seed + args.n_eval_episodes)
+        if args.evaluate:
+            render_mode = "human" if args.render else "rgb_array"
+            if args.evaluate == "random":  # the baseline that every agent should beat
+                env = make_env(args.env_id, render_mode)
+                env.action_space.seed(args.seed)
 
-    env = make_env(args.env_id, "rgb_array")
-    if args.repo_id:
-        check_hub_access(args.repo_id)
-    run_folder = Path(args.resume) if args.resume else new_run_folder(args)
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
-    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in hyperparameters_of(args).items()), 120))
-    (run_folder / SCRIPT).write_bytes(script_source().encode())  # now: the file may be edited while it trains
-    with resumable(run_folder):
-        agent = train(args, run_folder)
+                def policy(_):
+                    return env.action_space.sample()
+            else:
+                agent, env = load_agent(args.evaluate, args.env_id, render_mode)
+                policy = make_policy(agent, args.deterministic_eval, args.seed)
+            return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
+
+        env = make_env(args.env_id, "rgb_array")  # what is wrong with it is said now
+        if args.repo_id:  # and the right to write there is checked now, too
+            HfApi().whoami()
+            args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
+            HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
+        if args.env_id not in TUNED:
+            msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
+        run_folder = start_run(args)
+        agent, global_step = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)
-        package_to_hub(
-            agent,
-            policy,
-            env,
-            args.env_id,
-            hyperparameters_of(args),
-            seeds,
-            run_folder,
-            repo_id=args.repo_id,
-            logs=run_folder,
-        )
-    if not args.repo_id:
-        msg.info("Push it to the Hub:")
-        print(f"  {command('--push', run_folder, '--repo-id', 'user/name')}")  # wasabi would break the line
-    msg.info("See it play again:")
-    print(f"  {command('--evaluate', run_folder)}")
-    return agent
+        actions = "the most probable" if args.deterministic_eval else "sampled"
+        scored_with = f"{actions} actions, on seeds that training never used"
+        if env.spec.max_episode_steps == EVAL_MAX_STEPS:
+            scored_with += f", cut off after {EVAL_MAX_STEPS:,} steps"
+        about = {"env_name": args.env_id, "global_step": global_step, "scored_with": scored_with}
+        package_to_hub(run_folder, args, env, policy, seeds, agent.save_pretrained, about)
+        return agent
+    except (KeyboardInterrupt, *EXPECTED) as error:
+        can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        fail(f"{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
 
 
 if __name__ == "__main__":
-    try:
-        agent = main()
-    except KeyboardInterrupt:
-        fail("Stopped", code=128 + signal.SIGINT)
+    agent = main()
