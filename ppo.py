@@ -64,7 +64,7 @@ SCRIPT = "ppo.py"  # the name of this file in the package
 ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
-EXPECTED = (ImportError, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError)  # say enough
+EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -121,9 +121,10 @@ def parse_args(argv=None):
     flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
     if known.evaluate and known.evaluate != "random":
-        parser.set_defaults(**open_package(known.evaluate, known.env_id)[1])
+        saved = open_package(known.evaluate, known.env_id)[1]
     else:
-        parser.set_defaults(**checkpoint.get("args", TUNED.get(full_id(known.env_id), {})))
+        saved = checkpoint.get("args", TUNED.get(full_id(known.env_id), {}))
+    parser.set_defaults(**{name: saved[name] for name in saved.keys() & hyperparameters_of(known).keys()})
     args = parser.parse_args(argv)
     args.env_id = full_id(args.env_id)
 
@@ -167,9 +168,7 @@ def full_id(env_id):
 def make_env(env_id, render_mode=None):
     """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script."""
     if render_mode == "rgb_array":
-        os.environ.setdefault(
-            "SDL_VIDEODRIVER", "dummy"
-        )  # frames need no display, but SDL complains where there is none
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
     spec = gym.registry.get(env_id)
     if spec is None and env_id in RETIRED:
         spec = dataclasses.replace(gym.spec(RETIRED[env_id]), id=env_id)
@@ -534,7 +533,10 @@ def record_video(env, policy, path, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    imageio.get_reader(path).close()  # an OSError where the disk was full, of which the writer does not hear
+    try:  # of a full disk the writer does not hear
+        imageio.get_reader(path).close()
+    except OSError:
+        raise OSError(f"{path} was not written to its end, is the disk full?") from None
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):

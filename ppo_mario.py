@@ -27,6 +27,7 @@ has the wrappers and the network. The game's memory map and rewards are those of
 #     "numpy>=2,<3",
 #     "tensorboard>=2.18,<3",
 #     "huggingface_hub>=1.20,<3",
+#     "safetensors>=0.4.3,<1",
 #     "imageio>=2.36,<3",
 #     "imageio-ffmpeg>=0.6,<1",
 #     "tqdm>=4.66,<5",
@@ -39,7 +40,7 @@ has the wrappers and the network. The game's memory map and rewards are those of
 
 import argparse
 import contextlib
-import datetime
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -50,211 +51,110 @@ import linecache
 import math
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
-import textwrap
-import threading
 import time
-import warnings
 from collections import deque
+from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
-warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm in a notebook without widgets; its bar is text
-try:
-    import cv2
-    import gymnasium as gym
-    import imageio.v2 as imageio
-    import numpy as np
-    import stable_retro
-    import torch
-    from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
-    from torch import nn
-    from torch.utils.tensorboard import SummaryWriter
-    from tqdm import tqdm
-    from wasabi import Printer, color
-except ModuleNotFoundError as missing:
-    needed = re.findall(r'(?m)^#     (".+"),$', "".join(linecache.getlines(sys._getframe().f_code.co_filename)))
-    pip = "%pip" if "IPython" in sys.modules else "pip"
-    sys.exit(f"error: {missing}; what this script needs: {pip} install {' '.join(needed)}")
+import cv2
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import stable_retro
+import torch
+from huggingface_hub import EvalResult, HfApi, ModelCardData, PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from wasabi import Printer
 
 SCRIPT = "ppo_mario.py"  # the name of this file in the package
 ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
-MODEL_FILE = "model.pt"
-CHECKPOINT_SECONDS = 30  # what a crash costs at the most, besides the iteration under way
+CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
-EVAL_SEED = 1_000_000  # evaluation plays seeds seed + EVAL_SEED, + 1, ...; training starts from seed, + 1, ...
-NOT_SAVED = ("resume", "evaluate", "render", "push", "play", "rom")  # flags that say what to do now and here
-
 msg = Printer(pretty=sys.stdout.isatty())
-asked_to_stop = []  # the signals that came while a run was on
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
-TUNED = {
-    "SuperMarioBros-v0": dict(total_timesteps=10_000_000),  # the whole game: what is learned is its beginning
-}
+TUNED = {"SuperMarioBros-v0": dict(total_timesteps=10_000_000)}  # the whole game: what is learned is its beginning
 
 
 def parse_args(argv=None):
-    """Read the flags. The command line wins over a saved run's flags, those over the TUNED row, that over the defaults.
-
-    argv: list of strings; by default the command line (a notebook kernel's own arguments are not meant for us).
-    A mistake prints one line and exits with code 2, before anything is written.
-    """
-    if argv is None:
-        argv = [] if in_notebook() and "kernel" in sys.argv[0] else sys.argv[1:]
-
-    switch = {"type": boolean, "nargs": "?", "const": True}  # --flag, --flag True, --flag False
-
-    # Two passes, because these flags decide the defaults of all the others.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    flag = first.add_argument_group("what to do").add_argument
-    help_env_id = "SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0, the whole game"
-    flag("--env-id", type=full_id, default="SuperMarioBros-1-1-v0", help=help_env_id)
-    flag("--tuned", **switch, default=True, help="start from --env-id's row of TUNED")
+    """Read the flags: the command line wins over a saved run's flags or the TUNED row, those over the defaults here."""
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0], add_help=False)
+    parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    whole_game = "SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0, the whole game"
+    flag("--env-id", type=with_version, default="SuperMarioBros-1-1-v0", help=whole_game)
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
-    flag("--push", metavar="RUN_FOLDER", help="no training: upload this run's package to --repo-id")
-    flag("--play", **switch, default=False, help="no training: play yourself, with arrows, Z, X and Enter")
-    known, _ = first.parse_known_args(argv)
-    if sum(map(bool, (known.resume, known.evaluate, known.push, known.play))) > 1:
-        fail("--resume, --evaluate, --push and --play are four jobs: give one of them")
-
-    parser = argparse.ArgumentParser(
-        prog=SCRIPT,
-        description=__doc__.splitlines()[0],
-        parents=[first],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    flag = parser.add_argument_group("experiment").add_argument
-    flag("--exp-name", default="ppo_mario", help="name of this experiment, part of the run folder's name")
-    flag("--seed", type=number(int, 0), default=1, help="seed of everything random; environment i starts at seed + i")
-    flag("--torch-deterministic", **switch, default=True, help="deterministic cuDNN")
-    flag("--cuda", **switch, default=True, help="use a GPU if there is one")
-    flag("--track", **switch, default=False, help="log to Weights & Biases as well")
-    flag("--wandb-project-name", default="deep-rl", help="project on Weights & Biases")
-    flag("--wandb-entity", help="entity (team) on Weights & Biases")
-    flag("--capture-video", **switch, default=False, help="film ten episodes on the way")
-
-    flag = parser.add_argument_group("game").add_argument
+    flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
+    flag("--play", action=switch, default=False, help="no training: play yourself, with arrows, Z, X and Enter")
     flag("--rom", metavar="PATH", help="the game's .nes file; without it that of the package gym-super-mario-bros")
-    flag(
-        "--action-set",
-        choices=ACTION_SETS,
-        default="right",
-        help="what the agent can press: run right, ... everything",
-    )
-    flag(
-        "--stuck-steps", type=number(int, 1), default=150, help="training truncates an episode so long without progress"
-    )
-
-    flag = parser.add_argument_group("algorithm").add_argument
-    flag("--total-timesteps", type=number(int, 1), default=1_000_000, help="steps, all environments together")
-    flag("--learning-rate", type=number(float, 0), default=5e-4, help="step size of Adam")
-    flag("--num-envs", type=number(int, 1), default=8, help="environments side by side, each in its process")
-    flag("--num-steps", type=number(int, 1), default=256, help="steps per environment and rollout")
-    flag("--anneal-lr", **switch, default=True, help="the learning rate falls linearly to 0")
-    flag("--gamma", type=number(float, 0, 1), default=0.95, help="discount factor")
-    flag("--gae-lambda", type=number(float, 0, 1), default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
-    flag("--num-minibatches", type=number(int, 1), default=8, help="minibatches per epoch")
-    flag("--update-epochs", type=number(int, 1), default=4, help="passes over the batch of each rollout")
-    flag("--norm-adv", **switch, default=True, help="standardise advantages per minibatch")
-    flag("--clip-coef", type=number(float, 0), default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--clip-vloss", **switch, default=True, help="clip the value loss as well")
-    flag("--ent-coef", type=number(float, 0), default=0.01, help="weight of the entropy bonus")
-    flag("--vf-coef", type=number(float, 0), default=0.5, help="weight of the value loss")
-    flag("--max-grad-norm", type=number(float, 0), default=0.5, help="clip the norm of the gradient to this")
-    flag("--shared-network", **switch, default=True, help="one convolutional network for actor and critic; False: two")
-    flag("--target-kl", type=number(float, 0), help="end a rollout's epochs once approx_kl is above this")
-
-    flag = parser.add_argument_group("evaluation and the Hugging Face Hub").add_argument
-    flag("--n-eval-episodes", type=number(int, 1), default=100, help="episodes that the score is measured over")
-    flag("--deterministic-eval", **switch, default=False, help="argmax; False: sample, as the game has no chance")
+    flag("--exp-name", default="ppo_mario", help="name of this experiment, part of the run folder's name")
+    flag("--seed", type=int, default=1, help="seed of everything random; the game itself has no chance in it")
+    flag("--torch-deterministic", action=switch, default=True, help="deterministic cuDNN")
+    flag("--cuda", action=switch, default=True, help="use a GPU if there is one")
+    flag("--track", action=switch, default=False, help="log to Weights & Biases as well (pip install wandb)")
+    flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
+    flag("--action-set", choices=ACTION_SETS, default="right", help="what can be pressed: run right, ... everything")
+    flag("--stuck-steps", type=int, default=150, help="training truncates an episode so long without progress")
+    flag("--total-timesteps", type=int, default=1_000_000, help="environment steps, all environments together")
+    flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
+    flag("--num-envs", type=int, default=8, help="environments side by side, each in its process")
+    flag("--num-steps", type=int, default=256, help="steps per environment and rollout")
+    flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
+    flag("--gamma", type=float, default=0.95, help="discount factor")
+    flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
+    flag("--num-minibatches", type=int, default=8, help="minibatches per epoch")
+    flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
+    flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
+    flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
+    flag("--clip-vloss", action=switch, default=True, help="clip the value loss as well")
+    flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus")
+    flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
+    flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
+    flag("--shared-network", action=switch, default=True, help="one convolutional network for actor and critic, or two")
+    flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
+    flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
+    flag("--deterministic-eval", action=switch, default=False, help="score the most probable actions, or sampled ones")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
-    flag("--render", **switch, default=False, help="with --evaluate: play in a window")
 
-    saved = {}
-    if known.resume:
-        checkpoint = load_checkpoint(known.resume)
-        saved = checkpoint["args"]
-    elif known.evaluate and known.evaluate != "random":
-        saved = load_hyperparameters(known.evaluate)
-    elif known.tuned:
-        parser.set_defaults(**TUNED.get(known.env_id, {}))
-    # Saved flags go through the parser like those of the command line, which checks their names and values.
-    for name in saved.keys() & set(NOT_SAVED) - {"rom"}:
-        fail(f"{known.resume or known.evaluate}: {name} is not among the flags that a run saves")
-    saved = [f"--{name.replace('_', '-')}={value}" for name, value in saved.items() if value is not None]
-    parser.error = lambda message: fail(f"{known.resume or known.evaluate}: {message}")
-    before = parser.parse_args(saved)
-    parser.error = fail
-    args = parser.parse_args(saved + argv)
-    if args.env_id != known.env_id:
-        check_env_id(args.env_id, known.resume or known.evaluate)
+    argv = argv if argv is not None else [] if in_notebook() else sys.argv[1:]  # a kernel's own arguments are not ours
+    known, _ = parser.parse_known_args(argv)  # --env-id, --resume and --evaluate decide the defaults of all the others
+    flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
+    checkpoint = load_checkpoint(known.resume) if known.resume else {}
+    if known.evaluate and known.evaluate != "random":
+        parser.set_defaults(**open_package(known.evaluate, known.env_id)[1])
+    else:
+        parser.set_defaults(**checkpoint.get("args", TUNED.get(known.env_id, {})))
+    args = parser.parse_args(argv)
 
-    if known.resume:
-        changeable = {"total_timesteps", "repo_id", "track", "wandb_project_name", "wandb_entity", "capture_video"}
-        for name, value in vars(before).items():
-            if getattr(args, name) != value and name not in changeable.union(NOT_SAVED):
-                fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
-    if args.render and not args.evaluate:
-        fail("--render goes with --evaluate")
-    if args.push and not args.repo_id:
-        fail("--push needs --repo-id user/name, the repository to push to")
-    if args.repo_id:
-        check_repo_id(args.repo_id)
+    at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
+    for name, value in vars(args).items():
+        low, high = name in at_least_one, 1 if name in ("gamma", "gae_lambda") else 2**63
+        if isinstance(value, int | float) and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
+    args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches:
         fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, num_envs * num_steps = {batch_size}")
-    if args.norm_adv and batch_size == args.num_minibatches:
-        fail("a minibatch of one step cannot be standardised: fewer --num-minibatches, or --norm-adv False")
-    if args.total_timesteps < batch_size:
-        fail(f"--total-timesteps {args.total_timesteps} is less than one batch, num_envs * num_steps = {batch_size}")
-    args.total_timesteps -= args.total_timesteps % batch_size  # what is trained are whole batches
-    if known.resume and args.total_timesteps < checkpoint["global_step"]:
-        fail(f"--total-timesteps {args.total_timesteps}: {known.resume} has {checkpoint['global_step']} steps already")
-    if args.track:
-        try:
-            import wandb  # noqa: F401
-        except ImportError:
-            fail("--track needs Weights & Biases: pip install wandb, or drop --track")
+    if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
+        fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
+    if args.resume and args.env_id != checkpoint["args"]["env_id"]:
+        fail(f"--env-id cannot change on --resume: the run was started on {checkpoint['args']['env_id']}")
     return args
 
 
-def boolean(text):
-    """argparse type: True or False."""
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() in ("true", "1", "yes")
-
-
-def number(kind, low, high=math.inf):
-    """argparse type: a finite number of this kind (int or float), from low to high."""
-
-    def parse(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            limits = f"between {low} and {high}" if high < math.inf else f"a finite number from {low} up"
-            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it in its message: "invalid int value"
-    return parse
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The environment
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The environment -------------------------------------------------------------------------------------------------
 
 SKIP = 4  # frames that an action is held for: deciding 15 times a second is enough, and costs a quarter
 STACK = 4  # observations that the network sees at once: one picture does not show where things are going
@@ -262,13 +162,12 @@ SIDE = 84  # pixels of an observation's side
 SCALE = 2  # a rendered frame is that much larger than the console's
 
 BUTTONS = ["B", None, "SELECT", "START", "UP", "DOWN", "LEFT", "RIGHT", "A"]  # in the emulator's order
-ACTION_SETS = {  # the original's three lists: A jumps, B runs
-    "right": ["", "RIGHT", "RIGHT A", "RIGHT B", "RIGHT A B"],
-    "simple": ["", "RIGHT", "RIGHT A", "RIGHT B", "RIGHT A B", "A", "LEFT"],
-    "complex": [
-        "", "RIGHT", "RIGHT A", "RIGHT B", "RIGHT A B", "A", "LEFT", "LEFT A", "LEFT B", "LEFT A B", "DOWN", "UP",
-    ],
-}  # fmt: skip
+RIGHT = ["", "RIGHT", "RIGHT A", "RIGHT B", "RIGHT A B"]  # A jumps, B runs
+ACTION_SETS = {  # the original's three lists
+    "right": RIGHT,
+    "simple": [*RIGHT, "A", "LEFT"],
+    "complex": [*RIGHT, "A", "LEFT", "LEFT A", "LEFT B", "LEFT A B", "DOWN", "UP"],
+}
 KEYS = {"UP": "UP", "DOWN": "DOWN", "LEFT": "LEFT", "RIGHT": "RIGHT", "z": "B", "x": "A", "RETURN": "START"}  # --play
 
 ROMS = [  # the version of an environment's id says how much is drawn: its file in gym-super-mario-bros, and the SHA-1
@@ -280,23 +179,18 @@ ROMS = [  # the version of an environment's id says how much is drawn: its file 
 
 
 def find_rom(version, path=None):
-    """The game's file for -v{version}: the one at path, or the one in the package gym-super-mario-bros.
+    """The game's file for -v{version}: the one at path, or that of the package gym-super-mario-bros.
 
-    That package is not imported, for it brings the retired gym. Raises gymnasium.error.Error where there is no such
-    file, or another one.
+    That package is not imported, for it brings the retired gym. A gymnasium.error.Error says what is wrong.
     """
     name, sha1 = ROMS[version]
     if path is None:
         package = importlib.util.find_spec("gym_super_mario_bros")
         path = package and Path(package.origin).parent / "_roms" / name
         if path is None or not path.is_file():
-            raise gym.error.DependencyNotInstalled(
-                f"there is no {name} yet: pip install --no-deps gym-super-mario-bros==7.4.0 brings it, "
-                "or pass your own file with --rom PATH"
-            )
+            how = "pip install --no-deps gym-super-mario-bros==7.4.0 brings it, or pass your own file with --rom PATH"
+            raise gym.error.DependencyNotInstalled(f"there is no {name} yet: {how}")
     path = Path(path)
-    if not path.is_file():
-        raise gym.error.Error(f"--rom {path}: there is no such file")
     if path.suffix != ".nes" or hashlib.sha1(path.read_bytes()).hexdigest() != sha1:
         raise gym.error.Error(f"--rom {path}: -v{version} is played on a file .nes whose SHA-1 is {sha1}")
     return path
@@ -320,10 +214,8 @@ class SuperMarioBros(gym.Env):
         actions = ACTION_SETS.get(action_set) if isinstance(action_set, str) else action_set
         if actions is None:
             raise gym.error.Error(f"action_set={action_set!r} is none of {', '.join(ACTION_SETS)}")
-        *self.masks, self.nothing, self.start_button = (
-            np.array([button in action.split() for button in BUTTONS], dtype=np.uint8)
-            for action in [*actions, "", "START"]
-        )
+        masks = [[button in action.split() for button in BUTTONS] for action in [*actions, "", "START"]]
+        *self.masks, self.nothing, self.start_button = np.array(masks, dtype=np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.masks))
         self.observation_space = gym.spaces.Box(0, 255, (224, 240, 3), np.uint8)
         self.render_mode = render_mode
@@ -371,10 +263,9 @@ class SuperMarioBros(gym.Env):
 
     def is_at_flag(self):
         """Whether the stage is finished: a castle's end, or sliding down its flagpole (0x31; Bowser is 0x2D)."""
-        if self.read(0x001D) != 3:
-            return self.is_world_over()
         # Climbing a vine is 3 as well as sliding, so one of the five enemies around must be the flagpole.
-        return self.is_world_over() or any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
+        slides = self.read(0x001D) == 3 and any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
+        return slides or self.is_world_over()
 
     def advance(self, mask):
         """Emulate one frame with these buttons pressed."""
@@ -419,10 +310,7 @@ class SuperMarioBros(gym.Env):
         reward = progress + min(clock - self.last_clock, 0) - 25 * dying
         self.last_x, self.last_clock = x, clock
         info = self.info()
-        if self.world is None:
-            terminated = info["life"] == 0xFF  # none left
-        else:
-            terminated = dying or info["flag_get"]
+        terminated = info["life"] == 0xFF if self.world is None else dying or info["flag_get"]  # 0xFF: no life is left
         if not terminated:
             self.skip_scenes()
         self.screen = self.emulator.get_screen()
@@ -460,30 +348,25 @@ class SuperMarioBros(gym.Env):
 
     def render(self):
         """The screen, enlarged."""
-        return enlarged(self.screen)
+        return self.screen.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
 
     def close(self):
         """Let go of the emulator, so that this process can have another."""
         self.emulator = self.game_data = self.memory = None
 
 
-def enlarged(screen):
-    """A frame at SCALE times its size."""
-    return screen.repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-
-
 # All environments, whose observations are the screen and whose steps are frames: {id: (world, stage, version)}.
 IDS = {f"SuperMarioBros-v{version}": (None, None, version) for version in range(len(ROMS))}
-for world, stage, version in itertools.product(range(1, 9), range(1, 5), range(len(ROMS))):
-    IDS[f"SuperMarioBros-{world}-{stage}-v{version}"] = (world, stage, version)
-for env_id, (world, stage, version) in IDS.items():
-    kwargs = {"world": world, "stage": stage, "version": version}
+for place in itertools.product(range(1, 9), range(1, 5), range(len(ROMS))):
+    IDS["SuperMarioBros-{}-{}-v{}".format(*place)] = place
+for env_id, place in IDS.items():
+    kwargs = dict(zip(("world", "stage", "version"), place))
     spec = gym.registry[env_id] = gym.envs.registration.EnvSpec(env_id, SuperMarioBros, kwargs=kwargs)
-    if version > 0:  # or gymnasium.make would advise -v3, the rectangles, to who asks for -v0
+    if spec.version > 0:  # or gymnasium.make would advise -v3, the rectangles, to who asks for -v0
         spec.version = None
 
 
-def full_id(env_id):
+def with_version(env_id):
     """The id with its version, -v0 where it has none."""
     return f"{env_id}-v0" if f"{env_id}-v0" in IDS else env_id
 
@@ -507,7 +390,7 @@ class SkipFrames(gym.Wrapper):
         return observation, total, terminated, truncated, info
 
     def render(self):
-        return [enlarged(frame) for frame in self.frames]
+        return [frame.repeat(SCALE, axis=0).repeat(SCALE, axis=1) for frame in self.frames]
 
 
 class ShapeReward(gym.Wrapper):
@@ -542,10 +425,9 @@ class EndWhenStuck(gym.Wrapper):
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         place = (info["world"], info["stage"])
+        self.waited += 1
         if place != self.place or info["x_pos"] > self.furthest:
             self.place, self.furthest, self.waited = place, info["x_pos"], 0
-        else:
-            self.waited += 1
         return observation, reward, terminated, truncated or self.waited >= self.stuck_steps, info
 
 
@@ -579,28 +461,22 @@ class CountFlags(gym.Wrapper):
 
 
 def make_game(env_id, action_set, rom=None):
-    """Make the bare game, whose steps are frames. Exits with one line where there is no such stage, or not its ROM.
+    """Make the bare game, whose steps are frames. A gymnasium.error.Error says what is wrong with its name or its ROM.
 
     It is made from the class and not by its id, which a worker process need not know: where processes are spawned, a
     class of a notebook comes with the job, but what the notebook registered does not.
     """
-    if full_id(env_id) not in IDS:
-        fail(f"--env-id {env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
-    world, stage, version = IDS[full_id(env_id)]
-    try:
-        return SuperMarioBros(world, stage, version, action_set, rom, "rgb_array")
-    except gym.error.Error as error:
-        fail(f"--env-id {env_id}: {error}")
+    if with_version(env_id) not in IDS:
+        raise gym.error.Error(f"{env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
+    return SuperMarioBros(*IDS[with_version(env_id)], action_set, rom, "rgb_array")
 
 
 def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps=None):
     """Make one environment with its wrappers: observations are (STACK, SIDE, SIDE) uint8, steps SKIP frames long.
 
-    stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. Exits with one line
-    where `make_game` does.
+    stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. Raises what
+    `make_game` does.
     """
-    if render_mode == "human" and not has_display():
-        fail("--render opens a window, and there is no display here")
     env = make_game(env_id, action_set, rom)
     if render_mode == "human":
         env = gym.wrappers.HumanRendering(env)
@@ -618,12 +494,10 @@ def make_worker_env(*args):
     return make_env(*args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The agent
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The agent -------------------------------------------------------------------------------------------------------
 
 
-class Agent(nn.Module):
+class Agent(nn.Module, PyTorchModelHubMixin):
     """Convolutional features of the screen, and on them the actor's logits and the critic's estimate of the return.
 
     shared: one set of features for both; else the critic has its own.
@@ -633,7 +507,7 @@ class Agent(nn.Module):
         super().__init__()
         self.actor_features = features()
         self.critic_features = None if shared else features()
-        self.actor = layer_init(nn.Linear(512, n_actions), std=0.01)  # close to uniform at the start
+        self.actor = layer_init(nn.Linear(512, n_actions), std=0.01)  # close to uniform: no early favourites
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions take half the time so
 
@@ -649,17 +523,11 @@ class Agent(nn.Module):
 
 def features():
     """The network of Mnih et al. (2015) with half its channels, for half the time: pixels to (B, 512)."""
-    return nn.Sequential(
-        layer_init(nn.Conv2d(STACK, 16, kernel_size=8, stride=4)),
-        nn.ReLU(),
-        layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2)),
-        nn.ReLU(),
-        layer_init(nn.Conv2d(32, 32, kernel_size=3)),
-        nn.ReLU(),
-        nn.Flatten(),
-        layer_init(nn.Linear(32 * 7 * 7, 512)),
-        nn.ReLU(),
-    )
+    first = layer_init(nn.Conv2d(STACK, 16, kernel_size=8, stride=4))
+    second = layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2))
+    third = layer_init(nn.Conv2d(32, 32, kernel_size=3))
+    last = layer_init(nn.Linear(32 * 7 * 7, 512))
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten(), last, nn.ReLU())
 
 
 def layer_init(layer, std=2**0.5):
@@ -677,19 +545,11 @@ def decide(agent, observations, noise=0.0):
     standard Gumbel noise, (N, n_actions): samples from softmax(logits), because argmax(logits + noise) is distributed
     so (the Gumbel-max trick).
     """
-    device = agent.actor.weight.device
-    logits, values = agent(torch.from_numpy(observations).to(device))
+    logits, values = agent(torch.from_numpy(observations).to(agent.actor.weight.device))
     log_probs = torch.log_softmax(logits, dim=-1)
     answer = torch.cat([log_probs, values[:, None]], dim=1).cpu().numpy()  # in one piece: one wait for a GPU, not two
     actions = (answer[:, :-1] + noise).argmax(axis=-1)
     return actions, np.take_along_axis(answer, actions[:, None], axis=1)[:, 0], answer[:, -1]
-
-
-def evaluate_choices(logits, actions):
-    """Log-probabilities (B,) of the actions (B,) under the logits (B, n_actions), and the mean entropy."""
-    log_probs = torch.log_softmax(logits, dim=-1)
-    entropy = (log_probs.exp() * log_probs).sum() / -len(log_probs)
-    return log_probs.gather(1, actions[:, None]).squeeze(-1), entropy
 
 
 def make_policy(agent, deterministic=False, seed=0):
@@ -703,9 +563,7 @@ def make_policy(agent, deterministic=False, seed=0):
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The math
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The math --------------------------------------------------------------------------------------------------------
 
 
 def compute_gae(rewards, values, dones, last_value, gamma, gae_lambda):
@@ -753,29 +611,49 @@ def standardise(advantages):
 
 
 def policy_change(log_probs, old_log_probs, clip_coef):
-    """How far the policy has moved from the one that collected the batch, as 0-d tensors.
+    """How far the policy has moved from the one that collected the batch, as {name: 0-d tensor}.
 
-    Returns (approx_kl, old_approx_kl, clipfrac): two estimates of KL(old || new), the first unbiased with low
-    variance (Schulman, http://joschu.net/blog/kl-approx.html), and the share of ratios outside the clip range.
+    Two estimates of KL(old || new) (http://joschu.net/blog/kl-approx.html), and the share of ratios that are clipped.
     """
     log_ratio = log_probs - old_log_probs
     ratio = log_ratio.exp()
-    return (ratio - 1 - log_ratio).mean(), -log_ratio.mean(), ((ratio - 1).abs() > clip_coef).float().mean()
+    clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
+    return {"approx_kl": (ratio - 1 - log_ratio).mean(), "old_approx_kl": -log_ratio.mean(), "clipfrac": clipfrac}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def update(agent, optimizer, minibatch, args):
+    """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
+
+    minibatch: observations, actions, old log-probabilities, old values, returns and advantages, a row for each step.
+    Returns log-probabilities (B,) and the statistics {name: 0-d tensor}. Nothing here waits for the device.
+    """
+    observations, actions, old_log_probs, old_values, returns, advantages = minibatch
+    logits, values = agent(observations)
+    log_probs = torch.log_softmax(logits, dim=-1)
+    entropy = (log_probs.exp() * log_probs).sum() / -len(log_probs)
+    log_probs = log_probs.gather(1, actions[:, None]).squeeze(-1)
+    objective = clipped_surrogate(log_probs, old_log_probs, advantages, args.clip_coef)
+    v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
+    loss = args.vf_coef * v_loss - objective - args.ent_coef * entropy
+
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}
+    return log_probs.detach(), losses
 
 
 def train(args, run_folder):
-    """Train an agent with PPO and return the best one; with --resume, go on from the checkpoint in run_folder.
+    """Train an agent with PPO; with --resume, go on from the checkpoint in run_folder. Checkpoints and curves go there.
 
-    Writes TensorBoard events, checkpoint.pt and, with --capture-video, videos/ into run_folder.
+    Returns the best agent and the number of steps that the training took.
     """
-    torch.set_num_threads(1)  # while acting: a few observations are too little to share, and the workers need the cores
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # to this process
-    threads = int((os.environ.get("OMP_NUM_THREADS") or str(available)).split(",")[0])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for this process
+    threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
@@ -785,184 +663,132 @@ def train(args, run_folder):
     # network decides for one, the workers play the other. SAME_STEP: where an episode ends, the environment returns the
     # next one's first observation in the same step, and the old one's last observation in infos. So every transition in
     # the batch lies inside one episode.
-    make_training_env = functools.partial(
-        make_worker_env, args.env_id, args.action_set, args.rom, None, args.stuck_steps
-    )
+    make = functools.partial(make_worker_env, args.env_id, args.action_set, args.rom, None, args.stuck_steps)
+    how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
     half = (args.num_envs + 1) // 2
     columns = [slice(0, half), slice(half, args.num_envs)][: args.num_envs]
-    halves = [
-        gym.vector.AsyncVectorEnv(
-            [make_training_env] * (column.stop - column.start),
-            copy=False,  # the rollout keeps its own copy
-            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-        )
-        for column in columns
-    ]
+    halves = [gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how) for column in columns]
     n_actions = int(halves[0].single_action_space.n)
     agent = Agent(n_actions, args.shared_network).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     batch_size = args.num_envs * args.num_steps
-    minibatch_size = batch_size // args.num_minibatches
     num_iterations = args.total_timesteps // batch_size
     global_step = 0
+    recent = deque(maxlen=100)  # (return, flag) of the episodes that ended last
     # Learning from pixels goes up and down: the package gets the best agent of the second half, not the last.
-    finalists = []  # the best so far by recent_returns: dicts of their mean, the step and the weights
-    recent_returns = deque(maxlen=100)  # of the episodes that ended last
-    recent_flags = deque(maxlen=100)
+    finalists = []  # (mean of the recent returns, step, weights) of the best so far
     if args.resume:
         checkpoint = load_checkpoint(run_folder)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
         global_step, finalists = checkpoint["global_step"], checkpoint["finalists"]
-        recent_returns.extend(checkpoint["recent_returns"])
-        recent_flags.extend(checkpoint["recent_flags"])
-
-    def save_checkpoint():
-        state = {
-            "script": SCRIPT,
-            "args": hyperparameters_of(args) | {"rom": args.rom},
-            "global_step": global_step,
-            "agent": agent.state_dict(),
-            "finalists": finalists,
-            "optimizer": optimizer.state_dict(),
-            "rng": rng.bit_generator.state,
-            "recent_returns": list(recent_returns),
-            "recent_flags": list(recent_flags),
-        }
-        save_tensors(state, run_folder / "checkpoint.tmp")
-        os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")  # atomic: never half a checkpoint
+        recent.extend(checkpoint["recent"])
+        msg.info(f"Resumed after {global_step:,} steps, {args.total_timesteps - global_step:,} to go")
 
     # The rollout: T = num_steps rows, N = num_envs columns. Observations have row T too, after the last action.
     shape = (args.num_steps, args.num_envs)
     observations = np.zeros((args.num_steps + 1, args.num_envs, STACK, SIDE, SIDE), dtype=np.uint8)
     actions = np.zeros(shape, dtype=np.int64)
-    log_probs_then, values = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    rewards, dones = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
-    episode_returns = np.zeros(args.num_envs)
-    episode_lengths = np.zeros(args.num_envs)
-    finished, cut_off = [], []  # (return, length, furthest x, flag) and (t, i, last observation) of episodes that ended
-
-    def receive(t, envs, column):
-        """The answer to the actions at t of half the environments."""
-        observations[t + 1, column], rewards[t, column], terminated, truncated, infos = envs.step_wait()
-        dones[t, column] = terminated | truncated
-        episode_returns[column] += rewards[t, column]
-        episode_lengths[column] += 1
-        for j in np.flatnonzero(terminated | truncated):
-            i, last = column.start + j, infos["final_info"]
-            if not terminated[j]:
-                cut_off.append((t, i, infos["final_obs"][j]))
-            finished.append((episode_returns[i], episode_lengths[i], last["x_pos"][j], last["flag_get"][j]))
-            episode_returns[i] = episode_lengths[i] = 0
-
-    if args.track:
-        start_wandb(args, run_folder)
-    save_checkpoint()
-    last_checkpoint = time.monotonic()
+    log_probs, values, rewards, dones = (np.zeros(shape, dtype=np.float32) for _ in range(4))
+    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
+    last_checkpoint = 0.0
     with (
-        closing_workers(halves),
+        ending_workers(halves),
         SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
-        Progress(num_iterations * batch_size, global_step) as progress,
+        progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
+        writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for envs, column in zip(halves, columns):
             observations[-1, column], _ = envs.reset(seed=args.seed + column.start)
-        writer.add_text("hyperparameters", markdown_table(hyperparameters_of(args)))
         for iteration in range(global_step // batch_size, num_iterations):
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * args.learning_rate
+            learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
+            optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             noise = rng.gumbel(size=(*shape, n_actions))
             observations[0] = observations[-1]
-            finished.clear()
-            cut_off.clear()
+            finished = []  # (return, length, furthest x, flag) of each episode that ended
+            cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
             for t in range(args.num_steps + 1):
                 for envs, column in zip(halves, columns):
-                    if t > 0:
-                        receive(t - 1, envs, column)
+                    if t > 0:  # the answer to the actions before
+                        observations[t, column], rewards[t - 1, column], terminated, truncated, infos = envs.step_wait()
+                        dones[t - 1, column] = terminated | truncated
+                        episode_returns[column] += rewards[t - 1, column]
+                        episode_lengths[column] += 1
+                        for j in np.flatnonzero(terminated | truncated):
+                            i = column.start + j
+                            if not terminated[j]:
+                                cut_off.append((t - 1, i, infos["final_obs"][j]))
+                            x, flag = infos["final_info"]["x_pos"][j], infos["final_info"]["flag_get"][j]
+                            finished.append((episode_returns[i], episode_lengths[i], x, flag))
+                            episode_returns[i] = episode_lengths[i] = 0
                     if t < args.num_steps:
                         choice = decide(agent, observations[t, column], noise[t, column])
-                        actions[t, column], log_probs_then[t, column], values[t, column] = choice
+                        actions[t, column], log_probs[t, column], values[t, column] = choice
                         envs.step_async(actions[t, column])
             global_step += batch_size
 
             # 2. Advantages.
             last_value = decide(agent, observations[-1])[2]
-            # Truncation is not a failure: the episode would have gone on to earn the value of its last observation.
+            # Getting stuck is not a failure: the episode would have gone on to earn the value of its last observation.
             for t, i, observation in cut_off:
                 rewards[t, i] += args.gamma * decide(agent, observation[None])[2][0]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
 
-            # 3. Update: minibatch gradient steps that maximise equation 9 of the paper. The workers wait, so it gets
-            #    all the cores.
+            # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
+            #    workers wait, so it gets all the cores.
             torch.set_num_threads(threads)
-            batch = [observations[:-1], actions, log_probs_then, values, returns, advantages]
+            batch = [observations[:-1], actions, log_probs, values, returns, advantages]
             batch = [torch.from_numpy(array.reshape(batch_size, *array.shape[2:])).to(device) for array in batch]
             orders = np.stack([rng.permutation(batch_size) for _ in range(args.update_epochs)])
             for order in torch.from_numpy(orders).to(device):
-                # One shuffle per epoch; the minibatches are the rows of what it gives.
-                minibatches = [column[order].unflatten(0, (-1, minibatch_size)) for column in batch]
+                minibatches = [column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch]
                 if args.norm_adv:
                     minibatches[-1] = standardise(minibatches[-1])
-                for mb_obs, mb_actions, mb_log_probs, mb_values, mb_returns, mb_advantages in zip(*minibatches):
-                    logits, new_values = agent(mb_obs)
-                    log_probs, entropy = evaluate_choices(logits, mb_actions)
-                    objective = clipped_surrogate(log_probs, mb_log_probs, mb_advantages, args.clip_coef)
-                    v_loss = value_loss(new_values, mb_values, mb_returns, args.clip_coef if args.clip_vloss else None)
-                    loss = args.vf_coef * v_loss - objective - args.ent_coef * entropy
-
-                    optimizer.zero_grad()
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-
-                approx_kl, old_approx_kl, clipfrac = policy_change(log_probs.detach(), mb_log_probs, args.clip_coef)
-                if args.target_kl is not None and approx_kl > args.target_kl:
+                for minibatch in zip(*minibatches):
+                    new_log_probs, losses = update(agent, optimizer, minibatch, args)
+                losses |= policy_change(new_log_probs, minibatch[2], args.clip_coef)
+                if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
                     break
-
             torch.set_num_threads(1)
 
-            # 4. Statistics of the last minibatch, read once per iteration: so far nothing in the minibatch loop but
-            #    --target-kl has made the host wait for the device.
-            writer.add_scalar("charts/learning_rate", optimizer.param_groups[0]["lr"], global_step)
-            writer.add_scalar("charts/SPS", progress.rate(global_step), global_step)
-            writer.add_scalar("losses/value_loss", v_loss.item(), global_step)
-            writer.add_scalar("losses/policy_loss", -objective.item(), global_step)
-            writer.add_scalar("losses/entropy", entropy.item(), global_step)
-            writer.add_scalar("losses/approx_kl", approx_kl.item(), global_step)
-            writer.add_scalar("losses/old_approx_kl", old_approx_kl.item(), global_step)
-            writer.add_scalar("losses/clipfrac", clipfrac.item(), global_step)
-            unexplained = np.var(returns - values) / max(np.var(returns), 1e-8)
-            writer.add_scalar("losses/explained_variance", 1 - unexplained, global_step)
-            if finished:  # over the episodes that ended in this iteration
+            # 4. Statistics, of the last minibatch and read once per iteration: so far nothing but --target-kl has made
+            #    the host wait for the device.
+            losses["explained_variance"] = 1 - np.var(returns - values) / max(np.var(returns), 1e-8)
+            for name, value in losses.items():
+                writer.add_scalar(f"losses/{name}", float(value), global_step)
+            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+            if finished:
                 ended_returns, ended_lengths, ended_x, ended_flags = np.array(finished, dtype=float).T
-                recent_returns.extend(ended_returns.tolist())
-                recent_flags.extend(ended_flags.tolist())
+                recent.extend(zip(ended_returns.tolist(), ended_flags.tolist()))
+                mean_return, flag_rate = np.mean(recent, axis=0)
                 writer.add_scalar("charts/episodic_return", ended_returns.mean(), global_step)
                 writer.add_scalar("charts/episodic_length", ended_lengths.mean(), global_step)
                 writer.add_scalar("charts/furthest_x", ended_x.max(), global_step)
-                writer.add_scalar("charts/flag_rate", np.mean(recent_flags), global_step)
-            progress.update(global_step, recent_returns)
+                writer.add_scalar("charts/flag_rate", flag_rate, global_step)
+                bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
+            bar.update(batch_size)
+            writer.add_scalar("charts/SPS", (bar.n - bar.initial) / bar.format_dict["elapsed"], global_step)
+            writer.flush()  # else TensorBoard's thread writes during the rollout, and takes the GIL at every step of it
 
             tenth = (iteration + 1) * 10 // num_iterations
             if tenth > iteration * 10 // num_iterations:
                 if args.capture_video:
-                    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
-                        record_video(env, make_policy(agent), run_folder / "videos" / f"step-{global_step}.mp4")
+                    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
+                        record_video(env, make_policy(agent), run_folder / f"videos/step-{global_step}.mp4")
                 if tenth >= 5:
-                    mean_return = float(np.mean(recent_returns)) if recent_returns else -math.inf
-                    weights = {name: tensor.cpu().clone() for name, tensor in agent.state_dict().items()}
-                    candidate = {"mean_return": mean_return, "step": global_step, "weights": weights}
-                    finalists = sorted([candidate, *finalists], key=lambda one: one["mean_return"], reverse=True)
-                    finalists = finalists[:FINALISTS]
-            is_due = time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS
-            if is_due or asked_to_stop or iteration + 1 == num_iterations:
-                save_checkpoint()
+                    mean_return = float(np.mean(recent, axis=0)[0]) if recent else -math.inf
+                    candidate = (mean_return, global_step, copy.deepcopy(agent.state_dict()))
+                    finalists = sorted([candidate, *finalists], reverse=True)[:FINALISTS]
+            if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_iterations - 1:
+                state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
+                state |= dict(global_step=global_step, recent=[*recent], finalists=finalists)
+                save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
-            stop_if_asked()
-    return best_of(finalists, agent, args, run_folder)
+    return best_of(finalists, agent.cpu(), args, run_folder), global_step
 
 
 def best_of(finalists, agent, args, run_folder):
@@ -971,86 +797,75 @@ def best_of(finalists, agent, args, run_folder):
     What the finalists were chosen by may have been luck, so it counts no more. The same goes for this score: that of
     the package is measured once more, with other sampled actions.
     """
-    msg.info(f"Playing {args.n_eval_episodes} episodes with each of the {len(finalists)} best agents")
+    msg.info(f"Playing {args.n_eval_episodes} episodes with each of {len(finalists)} finalists")
     scores = []
-    with SummaryWriter(run_folder) as writer:
-        for finalist in finalists:
-            agent.load_state_dict(finalist["weights"])
+    env = make_env(args.env_id, args.action_set, args.rom)
+    with contextlib.closing(env), SummaryWriter(run_folder) as writer:
+        for _, step, weights in finalists:
+            agent.load_state_dict(weights)
             policy = make_policy(agent, args.deterministic_eval, seed=[args.seed, args.total_timesteps])
-            with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
-                mean_reward, _ = evaluate_agent(env, policy, args.n_eval_episodes, range(args.n_eval_episodes))
-            writer.add_scalar("eval/mean_reward", mean_reward, finalist["step"])
-            writer.add_scalar("eval/flag_rate", env.flag_rate()["flag_rate"], finalist["step"])
-            scores.append(mean_reward)
-    agent.load_state_dict(finalists[np.argmax(scores)]["weights"])
+            env.flags.clear()
+            scores.append(evaluate_agent(env, policy, range(args.n_eval_episodes))[0])
+            writer.add_scalar("eval/mean_reward", scores[-1], step)
+            writer.add_scalar("eval/flag_rate", env.flag_rate()["flag_rate"], step)
+    agent.load_state_dict(finalists[np.argmax(scores)][2])
     return agent
 
 
 @contextlib.contextmanager
-def closing_workers(halves):
+def ending_workers(halves):
     """End the worker processes in any case; where one has died by itself, raise an OSError that says so."""
     try:
         yield
     except (EOFError, ConnectionError) as error:
-        raise OSError("An environment's worker process has died, perhaps for want of memory") from error
+        raise OSError("an environment's worker process has died, perhaps for want of memory") from error
     finally:
         for envs in halves:
             for process in envs.processes:
-                process.terminate()
+                process.kill()
                 process.join()
             envs.closed = True  # its own `close` waits for an answer of each worker, which a dead one does not give
 
 
-class Progress:
-    """A bar in a terminal or a notebook; where the output goes elsewhere, a plain line every ten seconds."""
-
-    def __init__(self, total, start, unit="step"):
-        in_view = sys.stderr.isatty() or in_notebook()
-        self.bar = tqdm(total=total, initial=start, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not in_view)
-        self.total, self.start, self.unit = total, start, unit
-        self.started = self.last_line = time.monotonic()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def rate(self, now):
-        """Steps per second in this process."""
-        return int((now - self.start) / (time.monotonic() - self.started))
-
-    def update(self, now, recent_returns):
-        """Show that training has come to step `now`, and the mean of the recent returns."""
-        mean_return = f"{np.mean(recent_returns):.2f}" if recent_returns else "none yet"
-        self.bar.set_postfix_str(f"return {mean_return}", refresh=False)
-        self.bar.update(now - self.bar.n)
-        if self.bar.disable and (time.monotonic() - self.last_line > 10 or now >= self.total):
-            self.last_line = time.monotonic()
-            rate = self.rate(now)
-            left = f", {tqdm.format_interval((self.total - now) / rate)} left" if rate and now < self.total else ""
-            print(
-                f"{now:,} of {self.total:,} {self.unit}s, return {mean_return}, {rate:,} {self.unit}s/s{left}",
-                flush=True,
-            )
+def progress_bar(total, done, unit):
+    """tqdm's bar; where stderr is no terminal and no notebook, its text as a plain line every ten seconds."""
+    if sys.stderr.isatty() or in_notebook():
+        return tqdm(total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
+    lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
+    return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=lines, mininterval=10, miniters=1, ncols=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and replay
-# ---------------------------------------------------------------------------------------------------------------------
+def save_checkpoint(run_folder, args, **state):
+    """Replace the checkpoint by this state, atomically: there is never half of one."""
+    buffer = io.BytesIO()  # by itself, torch.save calls a full disk a RuntimeError; here it is an OSError as elsewhere
+    torch.save({"script": SCRIPT, "args": vars(args), **state}, buffer)
+    (run_folder / "checkpoint.tmp").write_bytes(buffer.getvalue())
+    os.replace(run_folder / "checkpoint.tmp", run_folder / "checkpoint.pt")
 
 
-def evaluate_agent(env, policy, n_eval_episodes, seeds):
-    """Play n_eval_episodes episodes, one per seed; returns the mean and the standard deviation of their returns.
+def load_checkpoint(run_folder):
+    """The last checkpoint of a run, as a dict. Nothing in the file can run."""
+    try:
+        checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
+        fail(f"--resume {run_folder}: its checkpoint.pt was not loaded ({type(error).__name__})")
+    return checkpoint if script == SCRIPT else fail(f"--resume {run_folder}: that is a run of {script}")
+
+
+# --- Evaluation and replay -------------------------------------------------------------------------------------------
+
+
+def evaluate_agent(env, policy, seeds):
+    """Play one episode per seed; returns the mean and the standard deviation of their returns.
 
     policy: a function observation -> action. Returns are undiscounted sums of the environment's own rewards.
     """
     episode_returns = []
-    for seed, _ in zip(seeds, range(n_eval_episodes), strict=True):
+    for seed in seeds:
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
         while not done:
-            stop_if_asked()
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -1058,540 +873,197 @@ def evaluate_agent(env, policy, n_eval_episodes, seeds):
     return float(np.mean(episode_returns)), float(np.std(episode_returns))
 
 
-def record_video(env, policy, path, fps=None, seed=None):
-    """Film one whole episode as H.264 that plays in every browser, by default at the environment's own frame rate.
+def record_video(env, policy, path, seed=None):
+    """Film one episode as H.264, which plays in every browser, at the environment's own frame rate.
 
     env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fps = fps or env.metadata["render_fps"]
-    # yuv420p wants even sides: imageio's own way there is to rescale, so the last odd row or column is cut here.
-    # faststart puts the index first, so that the video plays while it loads.
-    options = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-movflags", "+faststart"]}
-    with imageio.get_writer(path, fps=fps, ffmpeg_log_level="quiet", **options) as video:
+    with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="error") as film:
         observation, _ = env.reset(seed=seed)
         done = False
         while True:
-            stop_if_asked()
             rendered = env.render()
             for frame in rendered if isinstance(rendered, list) else [rendered]:
-                video.append_data(frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2])
+                film.append_data(frame)
             if done:
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    try:  # imageio does not hear of it when ffmpeg fails at the end, where the disk is full
-        imageio.get_reader(path).close()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"{path} was not written to its end, is the disk full?") from error
+    imageio.get_reader(path).close()
 
 
-def random_policy(env, seed):
-    """The baseline that every agent should beat: actions drawn uniformly."""
-    env.action_space.seed(seed)
-    return lambda observation: env.action_space.sample()
+def score_and_film(env, policy, seeds, folder=None, metrics=dict):
+    """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
 
-
-def evaluate(env, policy, args, seeds, video_fps=None, metrics=dict):
-    """--evaluate: play and film without training. Returns the mean and the standard deviation of the returns.
-
-    metrics: a function that returns {name: value} of what else is to be said about the episodes just played.
+    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
-    msg.info(f"Playing {args.n_eval_episodes} episodes of {args.env_id} with {args.evaluate}")
-    mean_reward, std_reward = evaluate_agent(env, policy, args.n_eval_episodes, seeds)
-    print_score(mean_reward, std_reward, args.n_eval_episodes, metrics())
-    if not args.render:
-        replay = new_run_folder(args) / "replay.mp4"
-        record_video(env, policy, replay, video_fps, seed=seeds[0])
-        msg.good(f"Replay: {replay}")
-        show_video(replay)
-    return mean_reward, std_reward
+    msg.info(f"Playing {len(seeds)} episodes")
+    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
+    score = {"mean_reward": mean_reward, "std_reward": std_reward, **metrics()}
+    result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
+    more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
+    msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
+    if folder:
+        record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
+        if in_notebook():
+            from IPython.display import Video, display
+
+            display(Video(folder / "replay.mp4", embed=True))
+    return score
 
 
 def play(env_id, rom=None):
     """--play: the keyboard is the controller, until the window is closed or Escape is pressed."""
-    if not has_display():
-        fail("--play opens a window, and there is no display here")
     import pygame  # which gymnasium's rendering uses too; learning does not
-
-    with warnings.catch_warnings(action="ignore"):  # it would like to plot as well
-        from gymnasium.utils import play as keyboard
+    from gymnasium.utils.play import play as play_with_keys
 
     combinations = [names for n in range(1, 5) for names in itertools.combinations(KEYS, n)]  # of keys held at a time
     action_set = ["", *(" ".join(KEYS[name] for name in names) for names in combinations)]
     actions = {tuple(getattr(pygame, f"K_{name}") for name in names): i for i, names in enumerate(combinations, 1)}
     with contextlib.closing(make_game(env_id, action_set, rom)) as env:
-        keyboard.play(env, zoom=1.5, keys_to_action=actions, noop=0)
+        try:
+            play_with_keys(env, zoom=1.5, keys_to_action=actions, noop=0)
+        except pygame.error as error:  # where there is no display
+            fail(f"--play: {error}", code=1)
 
 
-def print_score(mean_reward, std_reward, n_eval_episodes, metrics):
-    """The score, what the course's leaderboard makes of it, and {name: value} of further metrics."""
-    score = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f}"
-    more = "".join(f", {name} {value:.2f}" for name, value in metrics.items())
-    msg.good(f"{score} over {n_eval_episodes} episodes (result {mean_reward - std_reward:.2f}){more}")
+# --- The run folder, the package and the Hub -------------------------------------------------------------------------
 
 
-def show_video(path):
-    """Show the video inline where there is a notebook to show it in."""
-    if in_notebook():
-        from IPython.display import Video, display
-
-        display(Video(path, embed=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run folder, the package and the Hub
-# ---------------------------------------------------------------------------------------------------------------------
+def new_folder(args, purpose):
+    """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
+    name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
+    folder.mkdir(parents=True)
+    return folder
 
 
-def new_run_folder(args):
-    """Make runs/{env_id}__{exp_name}__{seed}__{time} and return its path."""
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now}"
-    run_folder = Path("runs") / re.sub(r"[^\w.-]", "-", name)
-    run_folder.mkdir(parents=True)
+def start_run(args):
+    """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    if args.track:
+        import wandb
+    run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
+    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+        (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
+    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
+    print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
+    if args.track:
+        wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
 
 def hyperparameters_of(args):
-    """The flags that say how an agent is trained and scored, as a dict for JSON."""
-    return {name: value for name, value in vars(args).items() if name not in NOT_SAVED}
+    """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
+    now = ("resume", "evaluate", "render", "play", "rom")
+    return {name: value for name, value in vars(args).items() if name not in now}
 
 
-def markdown_table(values):
-    """A dict as a Markdown table."""
-    return "| name | value |\n| --- | --- |\n" + "\n".join(f"| {name} | {value} |" for name, value in values.items())
+def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
+    """Score, film and describe the agent in run_folder/hub, built beside its place and moved there whole; push it.
 
-
-def script_source():
-    """The text of this script: a file's, or a notebook cell's, which Python keeps as well."""
-    return "".join(linecache.getlines(main.__code__.co_filename))
-
-
-def load_checkpoint(run_folder):
-    """The last checkpoint of a run, as a dict."""
-    path = Path(run_folder) / "checkpoint.pt"
-    if not path.is_file():
-        fail(f"--resume {run_folder}: there is no checkpoint.pt in that folder")
-    checkpoint = load_tensors(path, f"--resume {run_folder}")
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") != SCRIPT:
-        fail(f"--resume {run_folder}: that checkpoint is not one of {SCRIPT}")
-    return checkpoint
-
-
-def load_tensors(path, source):
-    """Load a file of torch.save without running anything in it; source: what a message calls the place it is from."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of unusual pickles; the line below says what there is to say
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # anybody may have made this file, so anything may be wrong with it
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        why = "it is damaged, or a pickle of something else"
-        if refused:
-            why = f"it is a whole pickled object, not a state_dict: it names {refused[1]}, which could run any code"
-        fail(f"{source}: {path.name} was not loaded: {why}")
-
-
-def save_tensors(values, path):
-    """torch.save, but a full disk is an OSError as everywhere else."""
-    buffer = io.BytesIO()
-    torch.save(values, buffer)
-    path.write_bytes(buffer.getvalue())
-
-
-@contextlib.contextmanager
-def resumable(run_folder):
-    """Make Ctrl-C, SIGTERM and a full disk end the run with one line that says how to go on."""
-
-    def on_signal(signum, frame):
-        asked_to_stop.append(signum)  # no more than that: an exception could break into a library that holds a lock
-        if len(asked_to_stop) > 1:  # nobody presses Ctrl-C twice without meaning it
-            raise KeyboardInterrupt(signum)
-
-    def go_on():
-        has_begun = (run_folder / "checkpoint.pt").exists()
-        return f"go on with: {command('--resume', run_folder)}" if has_begun else "training had not begun"
-
-    asked_to_stop.clear()
-    # TensorBoard's writer thread prints a full disk's traceback, and then raises the same error in this thread.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
-    try:
-        with handling_signals(on_signal):
-            yield
-    except KeyboardInterrupt as stop:
-        fail(f"Stopped; {go_on()}", code=exit_code(stop))
-    except OSError as error:
-        fail(f"{first_sentence(error)}; {go_on()}", code=1)
-    finally:
-        threading.excepthook = threading.__excepthook__
-
-
-@contextlib.contextmanager
-def handling_signals(handler):
-    """Let handler(signum, frame) answer Ctrl-C and SIGTERM for a while."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler_before in previous.items():
-            signal.signal(number, handler_before)
-
-
-def stop_if_asked():
-    """Raise the KeyboardInterrupt that `resumable` has kept for a moment when nothing is half done."""
-    if asked_to_stop:
-        raise KeyboardInterrupt(asked_to_stop[0])
-
-
-def raise_interrupt(signum, frame):
-    """A signal handler for where waiting is all that goes on, as in an upload."""
-    raise KeyboardInterrupt(signum)
-
-
-def exit_code(stop):
-    """The exit code that a shell expects after a signal; stop: the KeyboardInterrupt that it became."""
-    return 128 + (stop.args[0] if stop.args else signal.SIGINT)
-
-
-def start_wandb(args, run_folder):
-    """Send to Weights & Biases whatever goes to TensorBoard."""
-    import wandb
-
-    wandb.init(
-        project=args.wandb_project_name,
-        entity=args.wandb_entity,
-        name=run_folder.name,
-        config=hyperparameters_of(args),
-        sync_tensorboard=True,
-        save_code=True,
-    )
-
-
-def save_agent(agent, path):
-    """Save the weights as a state_dict on the CPU, each tensor with its own memory."""
-    save_tensors({name: tensor.cpu().clone() for name, tensor in agent.state_dict().items()}, path)
-
-
-def package_to_hub(
-    agent,
-    policy,
-    env,
-    env_name,
-    hyperparameters,
-    seeds,
-    run_folder,
-    repo_id=None,
-    video_fps=None,
-    commit_message=f"{ALGORITHM} agent",
-    token=None,
-    logs=None,
-    metrics=dict,
-):
-    """Evaluate, film and describe the agent in run_folder/hub, and push that to repo_id if there is one.
-
-    policy: observation -> action, what is scored; env: made with render_mode="rgb_array"; env_name: what the card
-    calls it; hyperparameters: a dict for JSON, with env_id and n_eval_episodes; seeds: one per evaluation episode;
-    logs: folder of TensorBoard events; metrics: a function that returns {name: value} of what else is to be said about
-    the evaluation episodes. The package is built beside its final place and moved there whole. Returns its path.
+    env: made with render_mode="rgb_array"; policy: observation -> action, what is scored on these seeds; save_model: a
+    function that writes the model into a folder; about: what results.json and the card say besides, with "env_name",
+    what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    hyperparameters = {name: value for name, value in hyperparameters.items() if name != "repo_id"}  # --push may choose
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-
-    n_eval_episodes = hyperparameters["n_eval_episodes"]
-    msg.info(f"Playing {n_eval_episodes} evaluation episodes on seeds that training has not seen")
-    mean_reward, std_reward = evaluate_agent(env, policy, n_eval_episodes, seeds)
-    metrics = metrics()
-    print_score(mean_reward, std_reward, n_eval_episodes, metrics)
-    results = {
-        "env_id": hyperparameters["env_id"],
-        "env_name": env_name,
-        "mean_reward": mean_reward,
-        "std_reward": std_reward,
-        "metrics": metrics,
-        "n_eval_episodes": n_eval_episodes,
-        "deterministic_eval": hyperparameters.get("deterministic_eval", True),
-        "eval_datetime": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    (partial / "logs").mkdir(parents=True)
+    save_model(partial)
+    score = score_and_film(env, policy, seeds, partial, metrics)
+    results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
+    results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters, indent=2) + "\n")
-    save_agent(agent, partial / MODEL_FILE)
+    (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
+    (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
     shutil.copy(run_folder / SCRIPT, partial)
-    record_video(env, policy, partial / "replay.mp4", video_fps, seed=seeds[0])
-    if logs:
-        (partial / "logs").mkdir()
-        for events in Path(logs).glob("events.out.tfevents*"):
-            shutil.copy(events, partial / "logs")
-    write_model_card(partial, repo_id)
-
+    for events in [*run_folder.glob("events.out.tfevents*"), *package.glob("logs/*")]:  # the latter: before --resume
+        shutil.copy(events, partial / "logs")
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
+    for events in run_folder.glob("events.out.tfevents*"):
+        events.unlink()  # else TensorBoard would show the run twice
+    command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
-    show_video(package / "replay.mp4")
-    if repo_id:
-        push_to_hub(package, repo_id, commit_message, token)
-    return package
+    print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
+    if args.repo_id:
+        try:
+            url = HfApi().upload_folder(repo_id=args.repo_id, folder_path=package, delete_patterns="logs/*").repo_url
+        except (HTTPError, OSError, RuntimeError, KeyboardInterrupt) as error:
+            fail(f"not pushed: {str(error) or 'stopped'}; the package is complete, push it with: {command}", code=1)
+        msg.good(f"Pushed: {url}")
 
 
-def read_package(package):
-    """The results.json and the hyperparameters.json of a package, as dicts; exits where they are not ours."""
-    try:
-        results = json.loads((package / "results.json").read_text())
-        hyperparameters = json.loads((package / "hyperparameters.json").read_text())
-        measured = [results["mean_reward"], results["std_reward"], *results.get("metrics", {}).values()]
-        ours = {"env_name", "n_eval_episodes", "deterministic_eval"} <= results.keys()
-        ours = ours and all(isinstance(value, int | float) for value in measured)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        ours = False
-    if not ours or not isinstance(hyperparameters, dict):
-        fail(f"{package} is not a package of {SCRIPT}: its results.json and hyperparameters.json are not those of one")
-    return results, hyperparameters
+def model_card(args, results, metrics):
+    """The package's README.md: metadata as the course's leaderboard reads it, the score, and how to use the agent."""
+    env_name, repo_id = results["env_name"], args.repo_id or "user/name"
+    score = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
+    task = dict(task_type="reinforcement-learning", dataset_type=env_name, dataset_name=env_name)
+    entries = [EvalResult(**task, metric_type="mean_reward", metric_value=score)]
+    entries += [EvalResult(**task, metric_type=name, metric_value=results[name]) for name in metrics]
+    tags = [env_name, *CARD_TAGS]
+    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=entries)
+    return f"""\
+---
+{data.to_yaml()}
+---
 
-
-def write_model_card(package, repo_id):
-    """Write the package's README.md from its results.json and hyperparameters.json.
-
-    The metadata is what the course's leaderboard reads: the tags, and mean_reward as "mean +/- std".
-    """
-    results, hyperparameters = read_package(package)
-    env_name, mean_reward, std_reward = results["env_name"], results["mean_reward"], results["std_reward"]
-    repo_id = repo_id or "user/name"  # --push fills it in
-    module = SCRIPT.removesuffix(".py")
-    actions = "the most probable action" if results["deterministic_eval"] else "sampled actions"
-    more = results.get("metrics", {})
-    metrics = {"mean_reward": f"{mean_reward:.2f} +/- {std_reward:.2f}", **more}
-    more_text = "".join(f", {name} **{value:.2f}**" for name, value in more.items())
-    metadata = ModelCardData(
-        model_name=ALGORITHM,
-        tags=[env_name, *CARD_TAGS],
-        pipeline_tag="reinforcement-learning",
-        eval_results=[
-            EvalResult(
-                task_type="reinforcement-learning",
-                task_name="reinforcement-learning",
-                dataset_type=env_name,
-                dataset_name=env_name,
-                metric_type=name,
-                metric_name=name,
-                metric_value=value,
-            )
-            for name, value in metrics.items()
-        ],
-    )
-    text = f"""\
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{metrics["mean_reward"]}**{more_text} over {results["n_eval_episodes"]} episodes with {actions},
-on seeds that training never used. Trained by [{SCRIPT}]({SCRIPT}), which is all it takes to run it; the packages that
-it needs stand at its top, and `uv run {SCRIPT}` installs them by itself.
-
-## Use it
+mean_reward **{score}**{"".join(f", {name} **{results[name]:.2f}**" for name in metrics)} over
+{results["n_eval_episodes"]} episodes with {results["scored_with"]}. Trained for {results["global_step"]:,} steps by
+[{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}` installs what it needs):
 
 ```bash
 hf download {repo_id} {SCRIPT} --local-dir .
 python {SCRIPT} --evaluate {repo_id}
 ```
 
-The same in Python:
-
-```python
-import sys
-from pathlib import Path
-
-from huggingface_hub import hf_hub_download
-
-sys.path.insert(0, str(Path(hf_hub_download("{repo_id}", "{SCRIPT}")).parent))
-import {module}
-
-agent, env = {module}.load_agent("{repo_id}")
-policy = {module}.make_policy(agent)
-mean_reward, std_reward = {module}.evaluate_agent(env, policy, n_eval_episodes=10, seeds=range(10))
-print(f"{{mean_reward:.2f}} +/- {{std_reward:.2f}}")
+```json
+{json.dumps(hyperparameters_of(args), indent=2)}
 ```
-
-## Hyperparameters
-
-{markdown_table(hyperparameters)}
 """
-    (package / "README.md").write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
-def check_repo_id(repo_id):
-    """Exit with one line unless repo_id has the form user/name."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        fail(f"{repo_id!r} is not a repo id: {first_sentence(error)}")
-    if "/" not in repo_id:
-        fail(f"{repo_id!r} is not a repo id: it takes the form user/name")
+def open_package(source, trusted_env_id=None):
+    """Find a package: a run folder's hub/, that folder itself, or a Hub repo id's. Returns its folder and its flags.
 
-
-def check_hub_access(repo_id, token=None):
-    """Before training: exit with one line unless this user may write to repo_id, which is created if need be."""
-    try:
-        api = HfApi(token=token)
-        api.whoami()
-        api.create_repo(repo_id, exist_ok=True)
-        api.auth_check(repo_id, write=True)  # create_repo is content with a repository that belongs to somebody else
-    except (HTTPError, OSError) as error:
-        fail(f"{hub_problem(error, repo_id)} (without --repo-id the package is made on disk all the same)")
-
-
-def push_to_hub(package, repo_id, commit_message=f"{ALGORITHM} agent", token=None):
-    """Upload a package; logs of an earlier push are replaced. Exits with the command to try again if it fails."""
-    msg.info(f"Uploading {package} to {repo_id}")
-    write_model_card(package, repo_id)
-    go_on = f"The package is complete in {package}; push it with: {command('--push', package, '--repo-id', repo_id)}"
-    try:
-        with handling_signals(raise_interrupt):
-            api = HfApi(token=token)
-            url = api.create_repo(repo_id, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo_id, folder_path=package, commit_message=commit_message, delete_patterns="logs/*"
-            )
-    except KeyboardInterrupt as stop:
-        fail(f"Stopped. {go_on}", code=exit_code(stop))
-    except (HTTPError, OSError, RuntimeError) as error:
-        fail(f"{hub_problem(error, repo_id)}. {go_on}", code=1)
-    msg.good(f"Pushed: {url}")
-
-
-def hub_problem(error, repo_id):
-    """What went wrong with the Hub and what to do, in one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"not logged in to the Hugging Face Hub: run {login_command()}"
-    if status == 401:
-        return f"the Hugging Face Hub does not accept your token: run {login_command()}"
-    if status == 403:
-        return f"your token may not write to {repo_id}: use one with write access to it ({login_command()})"
-    if status == 404:
-        return f"there is no {repo_id} on the Hugging Face Hub, or you may not see it: check the name"
-    if status is not None:
-        return f"the Hugging Face Hub answered {status} for {repo_id}: try again later"
-    return f"the Hugging Face Hub cannot be reached ({first_sentence(error)}): check the network"
-
-
-def login_command():
-    """How to log in to the Hub from here."""
-    return "notebook_login() from huggingface_hub" if in_notebook() else "`hf auth login`"
-
-
-def find_package(source):
-    """The folder of a package: a run folder's hub/, that folder itself, or a download of a Hub repo id."""
-    for package in (Path(source) / "hub", Path(source)):
-        if (package / "results.json").is_file():
-            files = os.listdir(package)
-            break
-    else:
-        if Path(source).exists():
-            fail(f"{source} holds no package: no hub/results.json there; an unfinished run goes on with --resume")
-        if "/" not in str(source):
-            fail(f"{source!r} is neither a folder here nor a repo id (user/name) on the Hub")
-        check_repo_id(source)
-        try:
-            package = Path(snapshot_download(source, allow_patterns=["*.json", MODEL_FILE]))
-            files = os.listdir(package) if (package / MODEL_FILE).is_file() else HfApi().list_repo_files(source)
-        except (HTTPError, OSError) as error:
-            fail(f"{source} is no folder here, and {hub_problem(error, source)}")
-    if MODEL_FILE in files:
-        return package
-    for name in files:
-        if name.endswith(".zip"):
-            fail(f"{source} holds {name}, a Stable-Baselines3 model: its own library loads that, {SCRIPT} does not")
-    fail(f"{source}: there is no {MODEL_FILE}")
-
-
-def load_hyperparameters(source):
-    """The flags of a package, as a dict; of one that another program made, at least its environment."""
-    package = find_package(source)
-    for name in ("hyperparameters.json", "results.json"):
-        if (package / name).is_file():
-            try:
-                values = json.loads((package / name).read_text())
-            except (ValueError, RecursionError) as error:
-                fail(f"{source}: {name} is not JSON: {error}")
-            if not isinstance(values, dict) or not isinstance(values.get("env_id"), str):
-                fail(f"{source}: {name} names no env_id")
-            return values if name == "hyperparameters.json" else {"env_id": values["env_id"]}
-    fail(f"{source}: neither hyperparameters.json nor results.json there")
-
-
-def check_env_id(env_id, source):
-    """Exit with one line if the environment that a file names is in a module that gymnasium would import for it."""
-    if ":" in env_id:
-        fail(f"{source}: importing the environment {env_id} could run any code; if you trust it: --env-id {env_id}")
+    The flags are at least the env_id. An environment of a module could run any code, so it must be the trusted one.
+    """
+    folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
+    file = folder / "hyperparameters.json"
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())
+    env_id = flags.get("env_id") if isinstance(flags, dict) else None
+    if not isinstance(env_id, str) or (":" in env_id and env_id != trusted_env_id):
+        fail(f"{source}: its environment is {env_id}; one of a module could run any code, so trust it with --env-id")
+    return folder, hyperparameters_of(SimpleNamespace(**flags))
 
 
 def load_agent(source, env_id=None, rom=None, render_mode=None):
-    """Load the agent of a run folder or a Hub repo id: returns it and an environment for it.
-
-    env_id: by default the one it was trained on; rom: path of the game's file, where the package has it not.
-    """
-    hyperparameters = load_hyperparameters(source)
-    action_set = hyperparameters.get("action_set")
-    if action_set not in ACTION_SETS:
-        fail(f"{source}: its hyperparameters.json has no action_set, one of {', '.join(ACTION_SETS)}")
-    env = make_env(env_id or hyperparameters["env_id"], action_set, rom, render_mode)
-    agent = Agent(int(env.action_space.n), bool(hyperparameters.get("shared_network")))
-    state_dict = load_tensors(find_package(source) / MODEL_FILE, source)
-    if not isinstance(state_dict, dict):
-        fail(f"{source}: {MODEL_FILE} holds a {type(state_dict).__name__}, not a state_dict")
-    for name, tensor in agent.state_dict().items():
-        shape = tuple(getattr(state_dict.get(name), "shape", ()))
-        if shape != tuple(tensor.shape):
-            fail(f"{source}: {name} in {MODEL_FILE} has shape {shape}, this agent's has {tuple(tensor.shape)}")
+    """Load the agent of a run folder or a Hub repo id: returns it and an environment, by default its training's."""
+    package, flags = open_package(source, env_id)
+    env = make_env(env_id or flags["env_id"], flags.get("action_set"), rom, render_mode)
     try:
-        agent.load_state_dict(state_dict)
-    except RuntimeError as error:
-        fail(f"{source}: {MODEL_FILE} does not fit: {' '.join(str(error).split())}")
-    return agent, env
+        return Agent.from_pretrained(package, strict=True, n_actions=int(env.action_space.n)), env
+    except (SafetensorError, RuntimeError) as error:
+        env.close()
+        fail(f"{source}: the model does not fit {env_id or flags['env_id']}: {error}")
 
 
-def load_from_hub(repo_id, filename):
-    """Download a file of tensors from the Hub and load it without running anything in it."""
-    check_repo_id(repo_id)
-    try:
-        path = hf_hub_download(repo_id, filename)
-    except RemoteEntryNotFoundError:
-        fail(f"{repo_id} has no file {filename}")
-    except (HTTPError, OSError) as error:
-        fail(hub_problem(error, repo_id))
-    return load_tensors(Path(path), repo_id)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Main
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Main ------------------------------------------------------------------------------------------------------------
 
 
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
     line = "error: " + " ".join(str(message).split())
-    print(color(line, fg="red") if sys.stderr.isatty() else line, file=sys.stderr)
+    print(line, file=sys.stderr)
     if in_notebook():  # there is no exit code, and SystemExit would show three lines more
         stop = RuntimeError(line)
         stop._render_traceback_ = list  # IPython shows what this returns: nothing
         raise stop
     sys.exit(code)
-
-
-def command(*flags):
-    """How to run this script with these flags from here."""
-    if in_notebook():
-        return f"main({[str(flag) for flag in flags]})"
-    return " ".join(["python", SCRIPT, *map(str, flags)])
-
-
-def first_sentence(error):
-    """The beginning of an error's message, for use inside a line."""
-    return re.split(r"[.:]?\s*\n|\. ", str(error).strip() or type(error).__name__)[0]
-
-
-def has_display():
-    """Whether a window can be opened."""
-    return sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def in_notebook():
@@ -1601,66 +1073,48 @@ def in_notebook():
 
 
 def main(argv=None):
-    """Train, evaluate, or push, as the flags say. Returns the trained agent."""
-    args = parse_args(argv)
-    seeds = range(args.seed + EVAL_SEED, args.seed + EVAL_SEED + args.n_eval_episodes)
-    if args.push:
-        if not Path(args.push).exists():
-            fail(f"--push {args.push}: there is no such folder")
-        package = find_package(args.push)
-        read_package(package)  # so that a folder that is none is refused before the Hub hears of it
-        check_hub_access(args.repo_id)
-        return push_to_hub(package, args.repo_id)
-    torch.set_num_threads(1)  # one observation at a time is too little to share
-    render_mode = "human" if args.render else "rgb_array"
-    if args.play:
-        return play(args.env_id, args.rom)
-    if args.evaluate:
-        if args.evaluate == "random":
-            env = make_env(args.env_id, args.action_set, args.rom, render_mode)
-            policy = random_policy(env, args.seed)
-        else:
+    """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
+    run_folder = None
+    try:
+        if not in_notebook():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        args = parse_args(argv)
+        first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
+        seeds = range(first_seed, first_seed + args.n_eval_episodes)
+        torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
+        if args.play:
+            return play(args.env_id, args.rom)
+        if args.evaluate:
+            replay = None if args.render else new_folder(args, "evaluate") / "replay.mp4"
+            render_mode = "human" if args.render else "rgb_array"
+            if args.evaluate == "random":  # the baseline that every agent should beat
+                with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, render_mode)) as env:
+                    env.action_space.seed(args.seed)
+                    return score_and_film(env, lambda _: env.action_space.sample(), seeds, replay, env.flag_rate)
             agent, env = load_agent(args.evaluate, args.env_id, args.rom, render_mode)
-            policy = make_policy(agent, args.deterministic_eval, args.seed)
-        with contextlib.closing(env):
-            score = evaluate(env, policy, args, seeds, metrics=env.flag_rate)
-        if not args.render:
-            msg.info(f"Mario {'reaches' if env.flags[-1] else 'does not reach'} the flag in the replay")
-        return score
+            with contextlib.closing(env):
+                policy = make_policy(agent, args.deterministic_eval, args.seed)
+                return score_and_film(env, policy, seeds, replay, env.flag_rate)
 
-    make_env(args.env_id, args.action_set, args.rom).close()  # whatever is wrong with it is said now
-    if args.repo_id:
-        check_hub_access(args.repo_id)
-    run_folder = Path(args.resume) if args.resume else new_run_folder(args)
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
-    print(textwrap.fill("  ".join(f"{name}={value}" for name, value in hyperparameters_of(args).items()), 120))
-    (run_folder / SCRIPT).write_bytes(script_source().encode())  # now: the file may be edited while it trains
-    with resumable(run_folder):
-        agent = train(args, run_folder)
+        make_env(args.env_id, args.action_set, args.rom).close()  # what is wrong with it is said now
+        if args.repo_id:  # and the right to write there is checked now, too
+            HfApi().whoami()
+            args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
+            HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
+        run_folder = start_run(args)
+        agent, global_step = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)
+        actions = "the most probable" if args.deterministic_eval else "sampled"
+        scored_with = f"{actions} actions; the game always starts in the same state"
+        about = {"env_name": args.env_id, "global_step": global_step, "scored_with": scored_with}
         with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
-            package_to_hub(
-                agent,
-                policy,
-                env,
-                args.env_id,
-                hyperparameters_of(args),
-                seeds,
-                run_folder,
-                repo_id=args.repo_id,
-                logs=run_folder,
-                metrics=env.flag_rate,
-            )
-    if not args.repo_id:
-        msg.info("Push it to the Hub:")
-        print(f"  {command('--push', run_folder, '--repo-id', 'user/name')}")  # wasabi would break the line
-    msg.info("See it play again:")
-    print(f"  {command('--evaluate', run_folder)}")
-    return agent
+            package_to_hub(run_folder, args, env, policy, seeds, agent.save_pretrained, about, env.flag_rate)
+        return agent
+    except (KeyboardInterrupt, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError) as error:
+        can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        fail(f"{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
 
 
 if __name__ == "__main__":
-    try:
-        agent = main()
-    except KeyboardInterrupt:
-        fail("Stopped", code=128 + signal.SIGINT)
+    agent = main()

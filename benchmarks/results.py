@@ -13,7 +13,6 @@ and its learning curve go to benchmarks/results.json; a run of the same task and
 """
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -60,9 +59,9 @@ TASKS = {  # what the README's table calls it, the command, the seeds
 ABLATED = "ppo-lunarlander"
 CHANGES = {  # what each ablation is called, and what it adds to the command
     "no truncation": "",  # a time limit counts as failure, see `without_truncation`
-    "no GAE": "--gae False",
+    "no GAE": "--gae-lambda 1",
     "no clipping": "--clip-coef 1e6",
-    "with annealing": "--anneal-lr True",  # TUNED keeps the learning rate constant
+    "with annealing": "--anneal-lr",  # TUNED keeps the learning rate constant
 }
 PATCHED = [
     "-c",
@@ -97,9 +96,7 @@ def train(task, command, seed, jobs, program=()):
 def summary(task, command, seed, run_folder, seconds, jobs):
     """What is worth keeping of a finished run: its score, its times, its learning curve."""
     results = json.loads((run_folder / "hub" / "results.json").read_text())
-    if results["n_eval_episodes"] < 100:
-        results |= score_anew(command.split()[0], run_folder, 100)
-    curves, training_seconds = events_of(run_folder)
+    curves, training_seconds = events_of(run_folder / "hub" / "logs")
     result = {
         "task": task,
         "command": f"python {command} --seed {seed}",
@@ -107,7 +104,7 @@ def summary(task, command, seed, run_folder, seconds, jobs):
         "mean_reward": results["mean_reward"],
         "std_reward": results["std_reward"],
         "n_eval_episodes": results["n_eval_episodes"],
-        **results.get("metrics", {}),
+        **({"flag_rate": results["flag_rate"]} if "flag_rate" in results else {}),
         "training_seconds": round(training_seconds, 1),
         "command_seconds": round(seconds, 1),
         "runs_side_by_side": jobs,
@@ -120,24 +117,11 @@ def summary(task, command, seed, run_folder, seconds, jobs):
     return result
 
 
-def score_anew(script, run_folder, n_eval_episodes):
-    """The scores of a package over more episodes than it was scored on, in the words of its results.json."""
-    script = importlib.import_module(script.removesuffix(".py"))
-    flags = script.load_hyperparameters(run_folder)
-    seeds = range(flags["seed"] + script.EVAL_SEED, flags["seed"] + script.EVAL_SEED + n_eval_episodes)
-    agent, env = script.load_agent(run_folder)
-    policy = script.make_policy(agent, flags["deterministic_eval"], flags["seed"])
-    mean_reward, std_reward = script.evaluate_agent(env, policy, n_eval_episodes, seeds)
-    metrics = env.flag_rate()
-    env.close()
-    return dict(mean_reward=mean_reward, std_reward=std_reward, n_eval_episodes=n_eval_episodes, metrics=metrics)
-
-
-def events_of(run_folder):
+def events_of(logs):
     """The curves of a run, {tag: [(step, value), ...]}, and the seconds from their first event to their last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_folder), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(logs), size_guidance={"scalars": 0}).Reload()
     curves, times = {}, []
     for tag in events.Tags()["scalars"]:
         curves[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
@@ -211,7 +195,7 @@ def draw():
     for i, (name, task) in enumerate([("as it is", ABLATED), *((name, f"ablation: {name}") for name in CHANGES)]):
         if runs := load(task):
             scores = [run["mean_reward"] for run in runs]
-            label = f"{name}: {np.mean(scores):.0f} +/- {np.std(scores):.0f} over {len(scores)} seeds"
+            label = f"{name}: {mean_and_spread(scores, 0)} over {len(scores)} seeds"
             band(axes[0, 0], runs, f"C{i}", label=label)
     axes[0, 0].set_title(f"{TASKS[ABLATED][1]}, and one change at a time")
     axes[0, 0].set(xlabel="steps", ylabel="return of a training episode")
@@ -241,6 +225,12 @@ def band(ax, runs, color, label=None):
     ax.plot(steps, curves.mean(axis=0), color=color, linewidth=1.5, label=label)
 
 
+def mean_and_spread(scores, digits):
+    """The mean over seeds +/- their standard deviation, as the sample of all seeds that they are (n - 1)."""
+    spread = f"{np.std(scores, ddof=1):.{digits}f}" if len(scores) > 1 else "?"
+    return f"{np.mean(scores):.{digits}f} +/- {spread}"
+
+
 def table():
     """The results as the README's table has them: all seeds, their mean, the leaderboard's result and the times."""
     print("| task | command | score | mean - std | training |\n| --- | --- | --- | --- | --- |")
@@ -251,7 +241,7 @@ def table():
         results = [run["mean_reward"] - run["std_reward"] for run in runs]
         seconds = [run["training_seconds"] for run in runs]
         print(
-            f"| {name} | `python {command}` | {np.mean(scores):.2f} +/- {np.std(scores):.2f} over {len(runs)} seeds "
+            f"| {name} | `python {command}` | {mean_and_spread(scores, 2)} over {len(runs)} seeds "
             f"({' '.join(f'{score:.1f}' for score in scores)}) | {np.mean(results):.2f} "
             f"({' '.join(f'{result:.1f}' for result in results)}) | {min(seconds):.0f} to {max(seconds):.0f} s "
             f"(command {max(run['command_seconds'] for run in runs):.0f} s) |"

@@ -34,6 +34,7 @@ RESULTS = HERE / "throughput.json"
 sys.path.insert(0, str(HERE.parent))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything runs on the CPU, here and in the processes to come
 
+CLEANRL = dict(learning_rate=2.5e-4, num_envs=4, num_steps=128, num_minibatches=4, update_epochs=4, ent_coef=0.01)
 LUNAR_LANDER = dict(num_envs=16, num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98)  # the course's
 
 
@@ -45,18 +46,18 @@ LUNAR_LANDER = dict(num_envs=16, num_steps=1024, num_minibatches=256, gamma=0.99
 def ours(script, *flags):
     """Train with one of the scripts."""
     script = importlib.import_module(script)
-    with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with scratch_folder() as folder, quiet():
         script.train(script.parse_args(list(flags)), folder)
         return last_scalar("charts/SPS", folder)
 
 
 def ours_ppo(env_id, steps, **settings):
-    """Train with ppo.py; settings: what differs from its plain defaults, which are CleanRL's."""
-    return ours("ppo", "--tuned", "False", *ppo_flags(env_id, steps, **settings))
+    """Train with ppo.py; settings: what differs from CleanRL's defaults, given in the place of TUNED's row."""
+    return ours("ppo", "--anneal-lr", "--clip-vloss", *ppo_flags(env_id, steps, **{**CLEANRL, **settings}))
 
 
 def stable_baselines3(env_id, steps, num_envs=4, num_steps=128, num_minibatches=4, gamma=0.99, gae_lambda=0.95):
-    """Train with Stable-Baselines3's PPO, told everything that ppo.py has as its default."""
+    """Train with Stable-Baselines3's PPO, told everything that CleanRL has as its default."""
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -86,7 +87,7 @@ def cleanrl(checkout, env_id, steps, **settings):
     import torch
 
     torch.set_num_threads(1)
-    with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with scratch_folder() as folder, quiet():
         sys.argv = ["ppo.py", *ppo_flags(env_id, steps, **settings)]
         runpy.run_path(str(Path(checkout) / "cleanrl" / "ppo.py"), run_name="__main__")
         return last_scalar("charts/SPS", folder)
@@ -195,7 +196,7 @@ def stepping_taxi(episodes):
 
     q_learning.epsilon_greedy_policy = recording
     args = q_learning.parse_args(["--env-id", "Taxi-v3", "--n-training-episodes", str(episodes)])
-    with scratch_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
+    with scratch_folder() as folder, quiet():
         q_learning.train(args, folder)
     env = q_learning.make_env(args.env_id, args.map_name, args.is_slippery, args.max_steps)
     env.reset(seed=args.seed)
@@ -272,6 +273,13 @@ def elsewhere(python, function, *args):
 
 
 @contextlib.contextmanager
+def quiet():
+    """Without what a run prints; a traceback comes after it."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
 def scratch_folder():
     """A temporary working directory."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
@@ -319,9 +327,10 @@ def num_envs_section(options):
 
 
 def reinforce_section(options):
+    course_flags = ["--n-training-episodes=1000", "--num-envs=1", "--no-anneal-lr", "--no-norm-obs"]  # not TUNED's row
     return {
         "REINFORCE on CartPole-v1": {
-            "reinforce.py --tuned False": partial(ours, "reinforce", "--tuned", "False"),
+            "reinforce.py, the course's settings": partial(ours, "reinforce", *course_flags),
             "the course's loop": partial(course_reinforce, 300),
             "reinforce.py": partial(ours, "reinforce"),
         },

@@ -99,25 +99,30 @@ def mean_return(env_id, actor, episodes=100):
 
 
 def ours(env_id, seed):
-    """Train with ppo.py; returns the judge. What it looks at is the agent that `train` makes, at each `Progress`."""
+    """Train with ppo.py; returns the judge. It looks at the agent that `train` makes, whenever the progress moves."""
     import ppo
 
-    agents, make_agent, update = [], ppo.Agent, ppo.Progress.update
+    agents, make_agent, progress_bar = [], ppo.Agent, ppo.progress_bar
 
     def remember(*args):
         agents.append(make_agent(*args))
         return agents[-1]
 
-    def update_and_look(progress, now, recent_returns):
-        update(progress, now, recent_returns)
-        judge.look(now, actor, last=now == progress.total)
+    def progress_bar_with_judge(total, *args):
+        def update_and_look(steps):
+            update(steps)
+            judge.look(bar.n, actor, last=bar.n == total)
+
+        bar = progress_bar(total, *args)
+        update, bar.update = bar.update, update_and_look
+        return bar
 
     def actor():
         layers = ppo.numpy_layers(agents[0].actor)
         return lambda observations: ppo.act(layers, observations)
 
-    ppo.Agent, ppo.Progress.update = remember, update_and_look
-    args = ppo.parse_args(["--env-id", env_id, "--seed", str(seed), "--cuda", "False"])
+    ppo.Agent, ppo.progress_bar = remember, progress_bar_with_judge
+    args = ppo.parse_args(["--env-id", env_id, "--seed", str(seed), "--no-cuda"])
     judge = Judge(env_id, args.total_timesteps)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Solved):
         ppo.train(args, Path(folder))
@@ -154,7 +159,7 @@ def stable_baselines3(env_id, seed):
 
 def race(train, env_id, seed):
     """One training: whether it came to the bar, in how many seconds, and the scores on the way."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         judge = train(env_id, seed)
     solved = judge.scores[-1][1] >= BARS[env_id]
     return {"seed": seed, "solved": solved, "seconds": round(judge.seconds(), 1), "scores": judge.scores}

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,7 +49,8 @@ for line in sys.stdin:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(pid, flush=True)
+    print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -90,45 +93,41 @@ class Shell:
         """The environment with changes; None removes a variable."""
         return {name: value for name, value in {**self.env, **changes}.items() if value is not None}
 
-    def start(self, command, cwd, **env):
-        """A real process, still running: a Popen. command: a list, or a line for bash."""
-        if isinstance(command, str):
-            command = ["bash", "-ec", command]
-        pipe = subprocess.PIPE
-        env = self.environment(env)
-        return subprocess.Popen([*map(str, command)], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
-
     def run(self, command, cwd, **env):
-        """A real process from its start to its end: a CompletedProcess."""
-        process = self.start(command, cwd, **env)
-        try:
-            out, err = process.communicate(timeout=120)
-        finally:
-            process.kill()
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+        """A real process from its start to its end: a CompletedProcess. command: a list, or a line for bash."""
+        command = ["bash", "-ec", command] if isinstance(command, str) else [*map(str, command)]
+        env = self.environment(env)
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
-    def script(self, script, *args, cwd, code="module.main()", **env):
-        """A script with these arguments, forked from a warm process: a CompletedProcess.
+    def start(self, script, *args, cwd, code="module.main()", **env):
+        """A script with these arguments, forked from a warm process and still running: its pid.
 
         code: what to run in the place of its main; there the script's module is called `module`.
         """
         if script not in self.warm:
             command = [sys.executable, "-c", WARM, script.removesuffix(".py")]
             path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{self.env['PYTHONPATH']}"}
-            pipe = subprocess.PIPE
-            self.warm[script] = subprocess.Popen(
-                command, cwd=self.home, env=self.environment(path), stdin=pipe, stdout=pipe, text=True
-            )
-        warm = self.warm[script]
-        out, err = self.home / "out", self.home / "err"
-        out.write_text("")
-        err.write_text("")
-        argv = [str(ROOT / script), *map(str, args)]
-        env = self.environment(env)
-        job = {"argv": argv, "code": code, "cwd": str(cwd), "env": env, "out": str(out), "err": str(err)}
-        print(json.dumps(job), file=warm.stdin, flush=True)
-        code = int(warm.stdout.readline())
-        return subprocess.CompletedProcess(argv, code, out.read_text(), err.read_text())
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.warm[script] = subprocess.Popen(command, cwd=self.home, env=self.environment(path), **pipes)
+        files = {name: str(self.home / name) for name in ("out", "err")}
+        for path in files.values():
+            Path(path).write_text("")
+        job = {"argv": [str(ROOT / script), *map(str, args)], "code": code, "cwd": str(cwd), **files}
+        print(json.dumps(job | {"env": self.environment(env)}), file=self.warm[script].stdin, flush=True)
+        return next(int(line) for line in self.warm[script].stdout if " " not in line)  # not the end of one before
+
+    def end(self, script, pid, seconds=120):
+        """Wait for the end of a script that `start` began: a CompletedProcess."""
+        too_long = threading.Timer(seconds, os.kill, (pid, signal.SIGKILL))
+        too_long.start()
+        code = next(line for line in self.warm[script].stdout if line.startswith(f"{pid} ")).split()[1]
+        too_long.cancel()
+        out, err = ((self.home / name).read_text() for name in ("out", "err"))
+        return subprocess.CompletedProcess(script, int(code), out, err)
+
+    def script(self, script, *args, **options):
+        """A script from its start to its end: a CompletedProcess."""
+        return self.end(script, self.start(script, *args, **options))
 
 
 @pytest.fixture(scope="session")
@@ -138,4 +137,4 @@ def shell(hub_server, tmp_path_factory):
     yield shell
     for process in shell.warm.values():
         process.stdin.close()
-        process.wait(timeout=10)
+        process.wait(timeout=60)
