@@ -46,6 +46,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
@@ -690,6 +691,8 @@ def main(argv=None):
     try:
         if not in_notebook():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         seeds = evaluation_seeds(args)
         options = {"map_name": args.map_name, "is_slippery": args.is_slippery, "max_steps": args.max_steps}
