@@ -66,6 +66,16 @@ ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
+MAY_CHANGE = {
+    "resume",
+    "total_timesteps",
+    "n_eval_episodes",
+    "repo_id",
+    "track",
+    "deterministic_eval",
+    "cuda",
+    "capture_video",
+}  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -144,8 +154,9 @@ def parse_args(argv=None):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
-    if args.resume and args.env_id != checkpoint["args"]["env_id"]:
-        fail(f"--env-id cannot change on --resume: the run was started on {checkpoint['args']['env_id']}")
+    for name, value in checkpoint.get("args", {}).items():
+        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     return args
 
 

@@ -54,6 +54,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
@@ -79,6 +80,7 @@ ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
+EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -133,22 +135,27 @@ def parse_args(argv=None):
     flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
     if known.evaluate and known.evaluate != "random":
-        parser.set_defaults(**open_package(known.evaluate, known.env_id)[1])
+        saved = open_package(known.evaluate, known.env_id)[1]
     else:
-        parser.set_defaults(**checkpoint.get("args", TUNED.get(known.env_id, {})))
+        saved = checkpoint.get("args", TUNED.get(known.env_id, {}))
+    parser.set_defaults(**{name: saved[name] for name in saved.keys() & {"rom", *hyperparameters_of(known)}})
     args = parser.parse_args(argv)
 
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
     for name, value in vars(args).items():
-        low, high = name in at_least_one, 1 if name in ("gamma", "gae_lambda") else 2**63
+        low, high = name in at_least_one, 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
         if isinstance(value, int | float) and not low <= value <= high:
             fail(f"--{name.replace('_', '-')} {value} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
-    if batch_size % args.num_minibatches:
-        fail(f"--num-minibatches {args.num_minibatches} does not divide the batch, num_envs * num_steps = {batch_size}")
+    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
+        fail(
+            f"--num-minibatches must cut the batch, num_envs * num_steps = {batch_size}, into equal parts of 2 or more"
+        )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
+    if args.render and not args.evaluate:
+        fail("--render goes with --evaluate")
     if args.resume and args.env_id != checkpoint["args"]["env_id"]:
         fail(f"--env-id cannot change on --resume: the run was started on {checkpoint['args']['env_id']}")
     return args
@@ -890,7 +897,10 @@ def record_video(env, policy, path, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    imageio.get_reader(path).close()
+    try:  # of a full disk the writer does not hear
+        imageio.get_reader(path).close()
+    except OSError:
+        raise OSError(f"{path} was not written to its end, is the disk full?") from None
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
@@ -1078,6 +1088,8 @@ def main(argv=None):
     try:
         if not in_notebook():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -1085,16 +1097,19 @@ def main(argv=None):
         if args.play:
             return play(args.env_id, args.rom)
         if args.evaluate:
-            replay = None if args.render else new_folder(args, "evaluate") / "replay.mp4"
             render_mode = "human" if args.render else "rgb_array"
             if args.evaluate == "random":  # the baseline that every agent should beat
-                with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, render_mode)) as env:
-                    env.action_space.seed(args.seed)
-                    return score_and_film(env, lambda _: env.action_space.sample(), seeds, replay, env.flag_rate)
-            agent, env = load_agent(args.evaluate, args.env_id, args.rom, render_mode)
-            with contextlib.closing(env):
+                env = make_env(args.env_id, args.action_set, args.rom, render_mode)
+                env.action_space.seed(args.seed)
+
+                def policy(_):
+                    return env.action_space.sample()
+            else:
+                agent, env = load_agent(args.evaluate, args.env_id, args.rom, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)
-                return score_and_film(env, policy, seeds, replay, env.flag_rate)
+            with contextlib.closing(env):
+                folder = None if args.render else new_folder(args, "evaluate")
+                return score_and_film(env, policy, seeds, folder, env.flag_rate)
 
         make_env(args.env_id, args.action_set, args.rom).close()  # what is wrong with it is said now
         if args.repo_id:  # and the right to write there is checked now, too
@@ -1110,7 +1125,7 @@ def main(argv=None):
         with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
             package_to_hub(run_folder, args, env, policy, seeds, agent.save_pretrained, about, env.flag_rate)
         return agent
-    except (KeyboardInterrupt, gym.error.Error, HTTPError, HFValidationError, json.JSONDecodeError, OSError) as error:
+    except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         fail(f"{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)

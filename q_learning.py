@@ -72,6 +72,7 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the episode un
 CURVE_EPISODES = 250  # episodes between two points of the curves, which show the means over as many
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, json.JSONDecodeError, OSError)
 EXPECTED += (pickle.UnpicklingError,)
+MAY_CHANGE = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track"}  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -143,8 +144,9 @@ def parse_args(argv=None):
         fail(f"--n-training-episodes is less than --resume's run has had already, {checkpoint['episode']}")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
-    if args.resume and env_name(args) != env_name(argparse.Namespace(**checkpoint["args"])):
-        fail("--env-id, --map-name and --is-slippery cannot change on --resume")
+    for name, value in checkpoint.get("args", {}).items():
+        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     if args.env_id not in LAKES and (args.map_name or args.is_slippery is not None):
         fail(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")
     return args

@@ -71,6 +71,16 @@ CARD_TAGS = ["reinforce", "reinforcement-learning", "custom-implementation", "de
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the update under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 EVAL_MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
+MAY_CHANGE = {
+    "resume",
+    "n_training_episodes",
+    "n_eval_episodes",
+    "repo_id",
+    "track",
+    "deterministic_eval",
+    "cuda",
+    "capture_video",
+}  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -137,8 +147,9 @@ def parse_args(argv=None):
         fail(f"--n-training-episodes is less than one update's {args.num_envs}, or than --resume's run has had already")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
-    if args.resume and any(getattr(args, name) != checkpoint["args"][name] for name in ("env_id", "h_size")):
-        fail("--env-id and --h-size cannot change on --resume: what the run has learned is about the old ones")
+    for name, value in checkpoint.get("args", {}).items():
+        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     return args
 
 

@@ -290,8 +290,8 @@ def last_scalar(tag, folder):
     """The last value of a curve in the TensorBoard events somewhere below the folder."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (events,) = folder.rglob("events.out.tfevents.*")
-    return EventAccumulator(str(events)).Reload().Scalars(tag)[-1].value
+    run_folder = next(folder.rglob("events.out.tfevents.*")).parent
+    return EventAccumulator(str(run_folder)).Reload().Scalars(tag)[-1].value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,10 +351,11 @@ def q_learning_section(options):
 
 def mario_section(options):
     frames = 12_000
+    short = ["--total-timesteps=40960", "--n-eval-episodes=1"]  # the latter are played after what is measured
     nes_py = {"nes-py": partial(elsewhere, options.nes_py, "nes_py_mario", frames)} if options.nes_py else {}
     return {
         "Super Mario Bros., frames with reward and info": {"ppo_mario.py": partial(our_mario, frames), **nes_py},
-        "PPO on SuperMarioBros-1-1-v0": {"ppo_mario.py": partial(ours, "ppo_mario", "--total-timesteps", "40960")},
+        "PPO on SuperMarioBros-1-1-v0": {"ppo_mario.py": partial(ours, "ppo_mario", *short)},
     }
 
 

@@ -72,7 +72,6 @@ SCRIPTS = {
         tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
     ),
 }
-SCRIPTS = {name: script for name, script in SCRIPTS.items() if "def open_package" in (ROOT / name).read_text()}
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "2"))
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -175,7 +174,7 @@ def test_push_sends_the_package_byte_for_byte(trained, hub):
     about = {"README.md", "results.json", "hyperparameters.json", "replay.mp4", trained.script}
     model = SCRIPTS[trained.script].model
     about |= {model, *({"config.json"} if model == "model.safetensors" else ()), *SCRIPTS[trained.script].extras}
-    assert len(logs) == 1 and set(files) == logs | about
+    assert logs and set(files) == logs | about
     assert files[trained.script] == (ROOT / trained.script).read_bytes()
     asked = [request for request in hub.requests if trained.repo_id in request.path and request.method == "POST"]
     assert asked and all(request.headers["authorization"] == f"Bearer {TOKEN}" for request in asked)
@@ -243,7 +242,8 @@ def test_more_steps_keep_every_point_and_replace_everything_on_the_hub(trained, 
         assert hub.files(repo_id) == files_of(tmp_path / run_folder / "hub")
     after = curves_of(tmp_path / run_folder)
     assert after.keys() >= before.keys()
-    assert all(after[tag][: len(points)] == points for tag, points in before.items())
+    kept = {tag: points for tag, points in before.items() if not tag.startswith("eval/")}  # those are of other agents
+    assert all(after[tag][: len(points)] == points for tag, points in kept.items())
     assert all(sorted({step for step, _ in points}) == [step for step, _ in points] for points in after.values())
     assert len(after["charts/SPS"]) > len(before["charts/SPS"])
 
@@ -355,9 +355,9 @@ def state_of(run_folder):
     if state["progress"] != checkpoint["global_step"]:  # counted in episodes: how many steps these take is up to chance
         assert all(steps == sorted(set(steps)) for steps in points.values())
         return state | {f"{tag} points": len(steps) for tag, steps in points.items()}
-    where_episodes_ended = re.compile("episodic|furthest_x|flag_rate")
-    state = {name: value for name, value in state.items() if not where_episodes_ended.search(name)}
-    return state | {f"{tag} steps": steps for tag, steps in points.items() if not where_episodes_ended.search(tag)}
+    by_chance = re.compile("episodic|furthest_x|flag_rate|^eval/")  # where episodes ended, and which agents were best
+    state = {name: value for name, value in state.items() if not by_chance.search(name)}
+    return state | {f"{tag} steps": steps for tag, steps in points.items() if not by_chance.search(tag)}
 
 
 def start_longer(script, shell, cwd):

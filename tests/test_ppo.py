@@ -505,7 +505,9 @@ def test_a_finished_run_is_not_resumed_with_fewer_steps_and_one_says_that_nothin
         ("--env-id Nope-v0", "Nope"),
         ("--env-id Pendulum-v1", "discrete actions"),
         ("--env-id FrozenLake-v1", "vector observations"),
+        ("--env-id no_such_module:Thing-v0", "no_such_module"),
         ("--num-minibatches 3", "--num-minibatches"),
+        ("--num-minibatches 1024", "--num-minibatches"),  # a minibatch of one step has no standard deviation
         ("--total-timesteps 100", "--total-timesteps"),
         ("--total-timesteps 0", "--total-timesteps"),
         ("--gamma 1.5", "--gamma"),
@@ -516,6 +518,8 @@ def test_a_finished_run_is_not_resumed_with_fewer_steps_and_one_says_that_nothin
         ("--seed 99999999999999999999", "--seed"),
         ("--no-such-flag", "--no-such-flag"),
         ("--env-id", "--env-id"),
+        ("--track", "wandb"),
+        ("--render", "--evaluate"),
         ("--resume nowhere", "checkpoint.pt"),
     ],
 )

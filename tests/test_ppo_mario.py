@@ -467,7 +467,7 @@ def test_a_mistake_in_the_call_is_one_line(capfd):
     assert "SuperMarioBros-1-1-v0 to -8-4-v0" in refused(["--env-id", "CartPole-v1"], capfd, 1)
     assert "SuperMarioBros-1-1-v0 to -8-4-v0" in refused(["--env-id", "SuperMarioBros-9-1-v0"], capfd, 1)
     assert "right" in refused(["--action-set", "all"], capfd, 2)
-    assert "does not divide" in refused(["--num-minibatches", "3"], capfd, 2)
+    assert "equal parts" in refused(["--num-minibatches", "3"], capfd, 2)
     assert "--stuck-steps" in refused(["--stuck-steps", "0"], capfd, 2)
 
 
