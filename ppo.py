@@ -66,16 +66,9 @@ ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
-MAY_CHANGE = {
-    "resume",
-    "total_timesteps",
-    "n_eval_episodes",
-    "repo_id",
-    "track",
-    "deterministic_eval",
-    "cuda",
-    "capture_video",
-}  # on --resume
+MAY_CHANGE = (
+    "resume total_timesteps n_eval_episodes repo_id track deterministic_eval cuda capture_video".split()
+)  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the episode un
 CURVE_EPISODES = 250  # episodes between two points of the curves, which show the means over as many
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, json.JSONDecodeError, OSError)
 EXPECTED += (pickle.UnpicklingError,)
-MAY_CHANGE = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track"}  # on --resume
+MAY_CHANGE = "resume n_training_episodes n_eval_episodes repo_id track".split()  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------

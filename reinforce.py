@@ -71,16 +71,9 @@ CARD_TAGS = ["reinforce", "reinforcement-learning", "custom-implementation", "de
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the update under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 EVAL_MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
-MAY_CHANGE = {
-    "resume",
-    "n_training_episodes",
-    "n_eval_episodes",
-    "repo_id",
-    "track",
-    "deterministic_eval",
-    "cuda",
-    "capture_video",
-}  # on --resume
+MAY_CHANGE = (
+    "resume n_training_episodes n_eval_episodes repo_id track deterministic_eval cuda capture_video".split()
+)  # on --resume
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
