@@ -66,9 +66,7 @@ ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
-MAY_CHANGE = (
-    "resume total_timesteps n_eval_episodes repo_id track deterministic_eval cuda capture_video".split()
-)  # on --resume
+NEW_ON_RESUME = {"resume", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -141,14 +139,14 @@ def parse_args(argv=None):
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         fail(
-            f"--num-minibatches must cut the batch, num_envs * num_steps = {batch_size}, into equal parts of 2 or more"
+            f"--num-minibatches must cut the {batch_size} steps of a batch, num_envs * num_steps, into parts of 2 or more"
         )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
     for name, value in checkpoint.get("args", {}).items():
-        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     return args
 

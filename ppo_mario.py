@@ -81,6 +81,7 @@ CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "cu
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
+NEW_ON_RESUME = {"resume", "rom", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -150,14 +151,15 @@ def parse_args(argv=None):
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         fail(
-            f"--num-minibatches must cut the batch, num_envs * num_steps = {batch_size}, into equal parts of 2 or more"
+            f"--num-minibatches must cut the {batch_size} steps of a batch, num_envs * num_steps, into parts of 2 or more"
         )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
-    if args.resume and args.env_id != checkpoint["args"]["env_id"]:
-        fail(f"--env-id cannot change on --resume: the run was started on {checkpoint['args']['env_id']}")
+    for name, value in checkpoint.get("args", {}).items():
+        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
+            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     return args
 
 
@@ -795,10 +797,10 @@ def train(args, run_folder):
                 state |= dict(global_step=global_step, recent=[*recent], finalists=finalists)
                 save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
-    return best_of(finalists, agent.cpu(), args, run_folder), global_step
+    return best_of(finalists, agent.cpu(), args), global_step
 
 
-def best_of(finalists, agent, args, run_folder):
+def best_of(finalists, agent, args):
     """Give the agent the weights of the finalist that scores best, each over n_eval_episodes anew, and return it.
 
     What the finalists were chosen by may have been luck, so it counts no more. The same goes for this score: that of
@@ -806,15 +808,15 @@ def best_of(finalists, agent, args, run_folder):
     """
     msg.info(f"Playing {args.n_eval_episodes} episodes with each of {len(finalists)} finalists")
     scores = []
-    env = make_env(args.env_id, args.action_set, args.rom)
-    with contextlib.closing(env), SummaryWriter(run_folder) as writer:
+    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
         for _, step, weights in finalists:
             agent.load_state_dict(weights)
             policy = make_policy(agent, args.deterministic_eval, seed=[args.seed, args.total_timesteps])
             env.flags.clear()
             scores.append(evaluate_agent(env, policy, range(args.n_eval_episodes))[0])
-            writer.add_scalar("eval/mean_reward", scores[-1], step)
-            writer.add_scalar("eval/flag_rate", env.flag_rate()["flag_rate"], step)
+            msg.text(
+                f"After {step:,} steps: mean_reward {scores[-1]:.2f}, flag_rate {env.flag_rate()['flag_rate']:.2f}"
+            )
     agent.load_state_dict(finalists[np.argmax(scores)][2])
     return agent
 

@@ -72,7 +72,7 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the episode un
 CURVE_EPISODES = 250  # episodes between two points of the curves, which show the means over as many
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, json.JSONDecodeError, OSError)
 EXPECTED += (pickle.UnpicklingError,)
-MAY_CHANGE = "resume n_training_episodes n_eval_episodes repo_id track".split()  # on --resume
+NEW_ON_RESUME = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track"}
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def parse_args(argv=None):
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
     for name, value in checkpoint.get("args", {}).items():
-        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     if args.env_id not in LAKES and (args.map_name or args.is_slippery is not None):
         fail(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")

@@ -71,9 +71,7 @@ CARD_TAGS = ["reinforce", "reinforcement-learning", "custom-implementation", "de
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the update under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 EVAL_MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
-MAY_CHANGE = (
-    "resume n_training_episodes n_eval_episodes repo_id track deterministic_eval cuda capture_video".split()
-)  # on --resume
+NEW_ON_RESUME = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -141,7 +139,7 @@ def parse_args(argv=None):
     if args.render and not args.evaluate:
         fail("--render goes with --evaluate")
     for name, value in checkpoint.get("args", {}).items():
-        if name not in MAY_CHANGE and getattr(args, name, value) != value:
+        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
     return args
 

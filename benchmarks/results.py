@@ -113,8 +113,6 @@ def summary(task, command, seed, run_folder, seconds, jobs):
     }
     if "charts/flag_rate" in curves:
         result["flag_curve"] = thin(curves["charts/flag_rate"])
-    if "eval/flag_rate" in curves:
-        result["eval_flag_curve"] = [[int(step), value] for step, value in sorted(curves["eval/flag_rate"])]
     return result
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,6 +53,13 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
+
+
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup, one of the two processes has all Hub tests of a script, and trains it once for them."""
+    for item in items:
+        if item.path.name == "test_hub.py":
+            item.add_marker(pytest.mark.xdist_group(re.search(r"\w+\.py(?=[-\]])", item.name)[0]))
 
 
 @pytest.fixture(scope="session")

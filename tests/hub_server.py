@@ -235,17 +235,9 @@ class Handler(BaseHTTPRequestHandler):
         self.check_may_write(repo_id)
         _, files = self.files_at(repo_id, revision)
         asked = [file["path"] for file in json.loads(self.body)["files"]]
-        return {
-            "files": [
-                {
-                    "path": path,
-                    "uploadMode": "regular",
-                    "shouldIgnore": False,
-                    "oid": blob_id(files[path]) if path in files else None,
-                }
-                for path in asked
-            ]
-        }
+        oids = {path: blob_id(files[path]) if path in files else None for path in asked}
+        how = {"uploadMode": "regular", "shouldIgnore": False}
+        return {"files": [{"path": path, "oid": oid, **how} for path, oid in oids.items()]}
 
     def create_commit(self, repo_id, step, revision):
         """HfApi.upload_folder and create_commit: one operation per line, after a header."""
@@ -276,10 +268,8 @@ class Handler(BaseHTTPRequestHandler):
     def list_tree(self, repo_id, step, revision):
         """HfApi.list_repo_tree, which list_repo_files and snapshot_download build on; always the whole tree."""
         _, files = self.files_at(repo_id, revision)
-        return [
-            {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
-            for path, content in files.items()
-        ]
+        sizes = {path: {"size": len(content), "oid": blob_id(content)} for path, content in files.items()}
+        return [{"type": "file", "path": path, **about} for path, about in sizes.items()]
 
     def download(self, repo_id, step, revision, path):
         """hf_hub_download: HEAD for the metadata in the headers, then GET."""

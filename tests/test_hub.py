@@ -32,12 +32,11 @@ class Script(NamedTuple):
     longer: str  # one of several seconds, to interrupt
     more: str  # for --resume of the short run
     fewer: str
-    tags: set  # of the card, besides the environment
+    tags: set  # of the card, besides the environment and those of all
     model: str = "model.safetensors"
     extras: set = frozenset()  # files that only this script packages
 
 
-COURSE_TAGS = {"reinforcement-learning", "custom-implementation"}
 SMALL = "--env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
 MARIO = "--env-id SuperMarioBros-1-3-v0 --deterministic-eval --num-envs 2 --num-steps 16 --num-minibatches 2"
 SCRIPTS = {
@@ -46,14 +45,14 @@ SCRIPTS = {
         longer=f"{SMALL} --total-timesteps 12800 --n-eval-episodes 20",
         more="--total-timesteps 2048",
         fewer="--total-timesteps 512",
-        tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
+        tags={"ppo", "deep-reinforcement-learning", "deep-rl-course"},
     ),
     "q_learning.py": Script(
         flags="--is-slippery --n-training-episodes 500 --n-eval-episodes 2",
         longer="--is-slippery --n-training-episodes 7000 --n-eval-episodes 20",
         more="--n-training-episodes 1000",
         fewer="--n-training-episodes 250",
-        tags={*COURSE_TAGS, "q-learning"},
+        tags={"q-learning"},
         model="q-learning.pkl",
         extras={"q-table.png"},
     ),
@@ -62,14 +61,14 @@ SCRIPTS = {
         longer="--num-envs 8 --n-training-episodes 400 --n-eval-episodes 20",
         more="--n-training-episodes 80",
         fewer="--n-training-episodes 20",
-        tags={*COURSE_TAGS, "reinforce", "deep-rl-class"},
+        tags={"reinforce", "deep-rl-class"},
     ),
     "ppo_mario.py": Script(
         flags=f"{MARIO} --total-timesteps 70 --n-eval-episodes 1",
         longer=f"{MARIO} --total-timesteps 320 --n-eval-episodes 1",
         more="--total-timesteps 128",
         fewer="--total-timesteps 32",
-        tags={*COURSE_TAGS, "ppo", "deep-reinforcement-learning", "deep-rl-course"},
+        tags={"ppo", "deep-reinforcement-learning", "deep-rl-course"},
     ),
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "2"))
@@ -109,20 +108,9 @@ def the_line(result, code=None):
     assert TOKEN not in result.stderr + result.stdout
     *above, line = result.stderr.splitlines()
     assert line.startswith("error: "), result.stderr
-    above = [
-        text
-        for text in above
-        if not re.search(r"^ *\d+% |thrown while requesting|^Retrying in|^No files matched", text)
-    ]
-    assert above == [], result.stderr
+    remarks = r" *\d+% |.*thrown while requesting|Retrying in|No files matched"
+    assert all(re.match(remarks, remark) for remark in above), result.stderr
     return line
-
-
-def upload_in(line, repo_id, run_folder):
-    """The command in a line that pushes the package, checked."""
-    command = f"hf upload {repo_id} {run_folder}/hub"
-    assert line.endswith(command), line
-    return command
 
 
 class Trained(NamedTuple):
@@ -144,11 +132,6 @@ class Trained(NamedTuple):
         """A copy of the run folder in another folder, for a test to change; returns its path relative to that."""
         shutil.copytree(self.run_folder, cwd / "runs" / self.run_folder.name)
         return Path("runs", self.run_folder.name)
-
-    def change(self, folder, **changes):
-        """Change a package's hyperparameters."""
-        flags = json.loads((self.package / "hyperparameters.json").read_text())
-        (folder / "hyperparameters.json").write_text(json.dumps(flags | changes))
 
 
 @pytest.fixture(scope="session", params=SCRIPTS)
@@ -213,14 +196,13 @@ def test_the_leaderboard_can_read_the_card(trained, shell, hub, tmp_path):
     result = shell.script(trained.script, trained.repo_id, cwd=tmp_path, code=code)
     assert result.returncode == 0, result.stderr
     card, results = json.loads(result.stdout), trained.results
-    assert set(card["tags"]) == {results["env_name"], *SCRIPTS[trained.script].tags}
+    all_have = {results["env_name"], "reinforcement-learning", "custom-implementation"}
+    assert set(card["tags"]) == all_have | SCRIPTS[trained.script].tags
     assert card["pipeline_tag"] == "reinforcement-learning"
     entry = card["model-index"][0]["results"][0]
     assert entry["dataset"] == {"type": results["env_name"], "name": results["env_name"]}
-    metric = entry["metrics"][0]
-    assert metric["type"] == "mean_reward"
-    mean_reward, std_reward = map(float, metric["value"].split(" +/- "))
-    assert mean_reward - std_reward == pytest.approx(results["mean_reward"] - results["std_reward"], abs=0.011)
+    value = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
+    assert (entry["metrics"][0]["type"], entry["metrics"][0]["value"]) == ("mean_reward", value)
 
 
 def test_the_token_is_in_no_file_and_no_line(trained, hub):
@@ -284,14 +266,15 @@ def test_fault_before_training(script, fault, shell, hub, tmp_path):
     assert hub.files("else/theirs") == {"README.md": b"not yours"}
 
 
-@pytest.mark.parametrize("step, fault", [("commit", 500), ("commit", "drop"), ("commit", 403), ("preupload", 503)])
+@pytest.mark.parametrize("step, fault", [("commit", 500), ("commit", "drop"), ("preupload", 403)])
 def test_a_refused_upload_leaves_the_package_and_the_command_that_pushes_it(trained, step, fault, shell, hub, tmp_path):
     repo_id = f"{trained.repo_id}-{step}-{fault}"
     hub.fail(repo_id, step, fault)
     flags = [*SCRIPTS[trained.script].flags.split(), "--repo-id", repo_id]
     result = shell.script(trained.script, *flags, cwd=tmp_path)
     run_folder = the_run(tmp_path).relative_to(tmp_path)
-    command = upload_in(the_line(result, 1), repo_id, run_folder)
+    command = f"hf upload {repo_id} {run_folder}/hub"
+    assert the_line(result, 1).endswith(command)
     assert hub.files(repo_id) == {}
     package = tmp_path / run_folder / "hub"
     assert package_of(tmp_path / run_folder) == package_of(trained.run_folder)
@@ -304,14 +287,14 @@ def test_a_refused_upload_leaves_the_package_and_the_command_that_pushes_it(trai
         assert hub.files(repo_id) == files_of(package)
 
 
-@pytest.mark.parametrize("fault", [503, 500, "drop", 2.0])
-def test_a_passing_fault_is_survived_and_a_slow_hub_waited_for(trained, fault, shell, hub, tmp_path):
+@pytest.mark.parametrize("fault", [503, 500, "drop"])
+def test_a_passing_fault_is_survived(trained, fault, shell, hub, tmp_path):
     repo_id = f"{trained.repo_id}-once-{fault}"
     hub.fail(repo_id, "commit", fault, times=1)
     run_folder = trained.copy_to(tmp_path)
     result = shell.script(trained.script, "--resume", run_folder, "--repo-id", repo_id, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert fault == 2.0 or "Retrying in" in result.stderr  # what is being waited for
+    assert "Retrying in" in result.stderr  # what is being waited for
     assert hub.files(repo_id) == files_of(tmp_path / run_folder / "hub")
 
 
@@ -331,7 +314,7 @@ def test_stopped_while_it_waits_for_the_hub(trained, step, number, shell, hub, t
     os.kill(pid, number)
     line = the_line(shell.end(trained.script, pid))
     if step == "commit":
-        upload_in(line, repo_id, the_run(tmp_path).relative_to(tmp_path))
+        assert line.endswith(f"hf upload {repo_id} {the_run(tmp_path).relative_to(tmp_path)}/hub")
         assert files_of(the_run(tmp_path) / "hub").keys() >= {"README.md", SCRIPTS[trained.script].model}
     else:
         assert "--resume" not in line and list(tmp_path.iterdir()) == []  # there is nothing to lose
@@ -588,14 +571,17 @@ def test_a_repository_that_is_not_ours_is_one_line(trained, shell, hub, tmp_path
 
 
 def test_what_a_downloaded_package_says_is_not_believed_blindly(trained, shell, tmp_path):
-    package = trained.copy_to(tmp_path) / "hub"
+    package = tmp_path / trained.copy_to(tmp_path) / "hub"
+    flags = json.loads((package / "hyperparameters.json").read_text())
+
+    def evaluate(**changes):
+        (package / "hyperparameters.json").write_text(json.dumps(flags | changes))
+        return shell.script(trained.script, "--evaluate", package, cwd=tmp_path)
+
     # gymnasium imports what stands before a colon; such a module may well lie where the script was downloaded to.
     (tmp_path / "marker_module.py").write_text("open('marker', 'w').close()\n")
-    trained.change(tmp_path / package, env_id=f"marker_module:{trained.results['env_id']}")
-    the_line(shell.script(trained.script, "--evaluate", package, cwd=tmp_path))
+    the_line(evaluate(env_id=f"marker_module:{flags['env_id']}"))
     assert not (tmp_path / "marker").exists()
-    trained.change(tmp_path / package, env_id="Nowhere-v0")
-    the_line(shell.script(trained.script, "--evaluate", package, cwd=tmp_path))
-    trained.change(tmp_path / package, track=True)  # wandb is not installed here, and not needed
-    result = shell.script(trained.script, "--evaluate", package, cwd=tmp_path)
+    the_line(evaluate(env_id="Nowhere-v0"))
+    result = evaluate(track=True)  # wandb is not installed here, and not needed
     assert result.returncode == 0 and f"mean_reward {trained.results['mean_reward']:.2f}" in result.stdout

@@ -381,7 +381,6 @@ def test_the_finalists_are_played_again_before_the_best_is_packaged_and_a_lucky_
     assert len(scores) == 2 and len(set(seeds)) == 3
     packaged = weights(run_folder)["actor.weight"]
     assert packaged.numpy().tobytes() == played[-1] and not torch.equal(packaged, lucky)
-    assert sorted(value for _, value in scalars(run_folder, "eval/mean_reward")) == [1.0, 5.0, 9.0]
 
 
 def test_the_finalists_are_the_best_of_the_second_half_of_training(monkeypatch):
