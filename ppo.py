@@ -139,7 +139,7 @@ def parse_args(argv=None):
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
         fail(
-            f"--num-minibatches must cut the {batch_size} steps of a batch, num_envs * num_steps, into parts of 2 or more"
+            f"--num-minibatches must cut the batch of num_envs * num_steps = {batch_size} into equal parts, 2 at least"
         )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
