@@ -712,8 +712,8 @@ def main(argv=None):
     try:
         if not in_notebook():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+            # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+            threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)

@@ -636,7 +636,9 @@ def read_q_table(path):
             if step > PICKLE_STEPS or instruction.name not in allowed:
                 raise pickle.UnpicklingError(f"plain values do not take {instruction.name}, or {step:,} instructions")
         model = TableUnpickler(io.BytesIO(content)).load()
-        model = {key: rebuilt(value) if isinstance(value, SimpleNamespace) else value for key, value in model.items()}
+        for key, value in model.items():  # no array but the table, or one of 60 MB under 20,000 keys fills the memory
+            if key == "qtable" or (isinstance(value, SimpleNamespace) and value.name == "scalar"):
+                model[key] = rebuilt(value)
         if model["qtable"].ndim != 2:
             raise pickle.UnpicklingError("its 'qtable' is no table")
         return model
@@ -693,8 +695,8 @@ def main(argv=None):
     try:
         if not in_notebook():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+            # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+            threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         seeds = evaluation_seeds(args)
         options = {"map_name": args.map_name, "is_slippery": args.is_slippery, "max_steps": args.max_steps}

@@ -405,6 +405,13 @@ def test_tables_of_every_protocol_and_layout_load(protocol):
             assert model == plain | numbers and type(model["learning_rate"]) is float
 
 
+def test_an_array_under_many_names_takes_its_memory_once():
+    shared = np.zeros((100, 100))
+    model = read(pickle.dumps({"qtable": shared, **{f"name {i}": shared for i in range(1000)}}))
+    assert np.array_equal(model.pop("qtable"), shared)
+    assert len(model) == 1000 and len({id(value) for value in model.values()}) == 1
+
+
 def test_a_table_of_numpy_1_loads():
     model = read(base64.b64decode(NUMPY_1_PICKLE))
     assert np.array_equal(model["qtable"], TABLE)
