@@ -133,8 +133,8 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         low = name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes")
         high = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
-        if isinstance(value, int | float) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is not between {low:d} and {high}")
+        if value == "" or (isinstance(value, int | float) and not low <= value <= high):
+            fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
@@ -143,8 +143,9 @@ def parse_args(argv=None):
         )
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
-    if args.render and not args.evaluate:
-        fail("--render goes with --evaluate")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        fail("--render goes with --evaluate, and needs a display")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -601,6 +602,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
+    for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
+        shutil.copy(events, run_folder)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
@@ -611,7 +614,7 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
     (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
     shutil.copy(run_folder / SCRIPT, partial)
-    for events in [*run_folder.glob("events.out.tfevents*"), *package.glob("logs/*")]:  # the latter: before --resume
+    for events in run_folder.glob("events.out.tfevents*"):
         shutil.copy(events, partial / "logs")
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
@@ -668,10 +671,12 @@ def open_package(source, trusted_env_id=None):
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
     file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text(errors="replace"))
     env_id = flags.get("env_id") if isinstance(flags, dict) else None
-    if not isinstance(env_id, str) or (":" in env_id and env_id != trusted_env_id):
-        fail(f"{source}: its environment is {env_id}; one of a module could run any code, so trust it with --env-id")
+    if not isinstance(env_id, str):
+        fail(f"{source} is no package of {SCRIPT}: it names no env_id")
+    if ":" in env_id and env_id != trusted_env_id:
+        fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
     return folder, hyperparameters_of(SimpleNamespace(**flags))
 
 
@@ -682,8 +687,8 @@ def load_agent(source, env_id=None, render_mode=None):
     sizes = {"n_observations": env.observation_space.shape[0], "n_actions": int(env.action_space.n)}
     try:
         return Agent.from_pretrained(package, strict=True, **sizes), env
-    except (SafetensorError, RuntimeError) as error:
-        fail(f"{source}: the model does not fit {env.spec.id}: {error}")
+    except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
+        fail(f"{source}: the model does not fit {env.spec.id}: {error!s:.300}")
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
@@ -749,7 +754,8 @@ def main(argv=None):
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        fail(f"{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
+        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
+        fail(f"{hub}{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
 
 
 if __name__ == "__main__":

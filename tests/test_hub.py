@@ -306,7 +306,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("step", ["auth-check/write", "commit"])
 def test_stopped_while_it_waits_for_the_hub(trained, step, number, shell, hub, tmp_path):
-    repo_id = f"{trained.repo_id}-{number.name}"
+    repo_id = f"{trained.repo_id}-{step[:4]}-{number.name}"
     hub.fail(repo_id, step, 60.0)
     flags = [*SCRIPTS[trained.script].flags.split(), "--repo-id", repo_id]
     pid = shell.start(trained.script, *flags, cwd=tmp_path)
