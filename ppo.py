@@ -73,8 +73,8 @@ msg = Printer(pretty=sys.stdout.isatty())
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
 FAST = dict(learning_rate=2.5e-3, num_minibatches=8, clip_vloss=False)
-LUNAR_LANDER = dict(total_timesteps=1_000_000, learning_rate=2e-3, anneal_lr=False, num_envs=32, num_steps=256)
-LUNAR_LANDER |= dict(num_minibatches=16, gamma=0.999, gae_lambda=0.98, clip_vloss=False, ent_coef=0.001)
+LUNAR_LANDER = dict(total_timesteps=1_000_000, learning_rate=2e-3, num_envs=32, num_steps=256, num_minibatches=16)
+LUNAR_LANDER |= dict(reward_scale=0.05, gamma=0.995, gae_lambda=0.98, clip_vloss=False)
 TUNED = {
     "CartPole-v1": dict(num_envs=8, update_epochs=8, **FAST),
     "Acrobot-v1": dict(total_timesteps=200_000, num_envs=16, update_epochs=6, **FAST),
@@ -103,6 +103,7 @@ def parse_args(argv=None):
     flag("--num-envs", type=int, default=4, help="environments stepped side by side")
     flag("--num-steps", type=int, default=128, help="steps per environment and rollout")
     flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
+    flag("--reward-scale", type=float, default=1.0, help="learn from rewards times this; scores stay the game's own")
     flag("--gamma", type=float, default=0.99, help="discount factor")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
     flag("--num-minibatches", type=int, default=4, help="minibatches per epoch")
@@ -417,6 +418,9 @@ def train(args, run_folder):
                     finished.append((float(episode_returns[i]), float(episode_lengths[i])))
                     episode_returns[i] = episode_lengths[i] = 0
             global_step += batch_size
+            # Standardised advantages do not change with the scale. But where returns are far from 1, the critic learns late,
+            # and of the norm that clipping leaves to both, its gradient takes nearly all from the actor's.
+            rewards *= args.reward_scale
 
             # 2. Advantages. Acting computed actions and nothing else: the values and log-probabilities of the whole
             #    rollout come from one pass over it, while the policy is still the one that acted.

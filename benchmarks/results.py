@@ -34,11 +34,12 @@ sys.path.insert(0, str(ROOT))
 keeping = threading.Lock()  # one at a time changes the file
 
 SEEDS = (1, 2, 3, 4, 5)
+FRESH = tuple(range(101, 121))  # had no part in the choice of settings
 TASKS = {  # what the README's table calls it, the command, the seeds
-    "ppo-cartpole": ("CartPole-v1", "ppo.py", SEEDS),
-    "ppo-acrobot": ("Acrobot-v1", "ppo.py --env-id Acrobot-v1", SEEDS),
-    "ppo-lunarlander": ("LunarLander-v2", "ppo.py --env-id LunarLander-v2", SEEDS),
-    "reinforce-cartpole": ("CartPole-v1", "reinforce.py", SEEDS),
+    "ppo-cartpole": ("CartPole-v1", "ppo.py", FRESH),
+    "ppo-acrobot": ("Acrobot-v1", "ppo.py --env-id Acrobot-v1", FRESH),
+    "ppo-lunarlander": ("LunarLander-v2", "ppo.py --env-id LunarLander-v2", FRESH),
+    "reinforce-cartpole": ("CartPole-v1", "reinforce.py", FRESH),
     "reinforce-pixelcopter": ("Pixelcopter-PLE-v0", "reinforce.py --env-id Pixelcopter-PLE-v0", SEEDS[:3]),
     "q-frozenlake": ("FrozenLake-v1 4x4, no slipping", "q_learning.py", SEEDS),
     "q-frozenlake-8x8": ("FrozenLake-v1 8x8, no slipping", "q_learning.py --map-name 8x8", SEEDS),
