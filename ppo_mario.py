@@ -981,7 +981,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
     for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder)
+        if not (run_folder / events.name).exists():
+            shutil.copy(events, run_folder)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
@@ -997,7 +998,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
     for events in run_folder.glob("events.out.tfevents*"):
-        events.unlink()  # else TensorBoard would show the run twice
+        if not args.track:  # Weights & Biases still reads them
+            events.unlink()  # else TensorBoard would show the run twice
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -1048,25 +1050,25 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text(errors="replace"))
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    flags = json.loads(files[0].read_text(errors="replace")) if files else None
     env_id = flags.get("env_id") if isinstance(flags, dict) else None
     if not isinstance(env_id, str):
-        fail(f"{source} is no package of {SCRIPT}: it names no env_id")
+        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
     if ":" in env_id and env_id != trusted_env_id:
         fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
     return folder, hyperparameters_of(SimpleNamespace(**flags))
 
 
-def load_agent(source, env_id=None, rom=None, render_mode=None):
+def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None):
     """Load the agent of a run folder or a Hub repo id: returns it and an environment, by default its training's."""
     package, flags = open_package(source, env_id)
-    env = make_env(env_id or flags["env_id"], flags.get("action_set"), rom, render_mode)
+    action_set = action_set or flags.get("action_set")
     try:
-        return Agent.from_pretrained(package, strict=True, n_actions=int(env.action_space.n)), env
-    except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
-        env.close()
-        fail(f"{source}: the model does not fit {env_id or flags['env_id']}: {error!s:.300}")
+        agent = Agent.from_pretrained(package, strict=True, n_actions=len(ACTION_SETS[action_set]))
+    except (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        fail(f"{source}: the model does not fit the action set {action_set}: {error!s:.300}")
+    return agent, make_env(env_id or flags["env_id"], action_set, rom, render_mode)
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
@@ -1112,7 +1114,7 @@ def main(argv=None):
                 def policy(_):
                     return env.action_space.sample()
             else:
-                agent, env = load_agent(args.evaluate, args.env_id, args.rom, render_mode)
+                agent, env = load_agent(args.evaluate, args.env_id, args.action_set, args.rom, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)
             with contextlib.closing(env):
                 folder = None if args.render else new_folder(args, "evaluate")

@@ -331,7 +331,8 @@ def train(args, run_folder):
                 last_checkpoint = time.monotonic()
 
     # What the course's model dict has, and the other flags as well.
-    course = {"eval_seed": evaluation_seeds(args), "slippery": args.is_slippery, "qtable": np.array(qtable)}
+    eval_seed = TAXI_EVAL_SEED if args.env_id == "Taxi-v3" else []
+    course = {"eval_seed": eval_seed, "slippery": args.is_slippery, "qtable": np.array(qtable)}
     return hyperparameters_of(args) | course, global_step
 
 
@@ -487,7 +488,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
     for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder)
+        if not (run_folder / events.name).exists():
+            shutil.copy(events, run_folder)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
@@ -503,7 +505,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
     for events in run_folder.glob("events.out.tfevents*"):
-        events.unlink()  # else TensorBoard would show the run twice
+        if not args.track:  # Weights & Biases still reads them
+            events.unlink()  # else TensorBoard would show the run twice
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -554,11 +557,11 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text(errors="replace"))
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    flags = json.loads(files[0].read_text(errors="replace")) if files else None
     env_id = flags.get("env_id") if isinstance(flags, dict) else None
     if not isinstance(env_id, str):
-        fail(f"{source} is no package of {SCRIPT}: it names no env_id")
+        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
     if ":" in env_id and env_id != trusted_env_id:
         fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
     return folder, hyperparameters_of(SimpleNamespace(**flags))
@@ -728,7 +731,7 @@ def main(argv=None):
             msg.warn(f"There are no tuned settings for {name}: the plain defaults hold")
         run_folder = start_run(args)
         agent, global_step = train(args, run_folder)
-        which_seeds = "the course's seeds" if args.env_id == "Taxi-v3" else "seeds that training never used"
+        which_seeds = "the course's seeds" if set(seeds) <= set(TAXI_EVAL_SEED) else "seeds that training never used"
         scored_with = f"the best action by the table, on {which_seeds}"
         about = {"env_name": name, "global_step": global_step, "scored_with": scored_with}
         save_model = partial(save_agent, agent, env)

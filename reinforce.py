@@ -640,7 +640,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
     for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder)
+        if not (run_folder / events.name).exists():
+            shutil.copy(events, run_folder)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
@@ -656,7 +657,8 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     shutil.rmtree(package, ignore_errors=True)
     partial.rename(package)
     for events in run_folder.glob("events.out.tfevents*"):
-        events.unlink()  # else TensorBoard would show the run twice
+        if not args.track:  # Weights & Biases still reads them
+            events.unlink()  # else TensorBoard would show the run twice
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -707,11 +709,11 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text(errors="replace"))
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    flags = json.loads(files[0].read_text(errors="replace")) if files else None
     env_id = flags.get("env_id") if isinstance(flags, dict) else None
     if not isinstance(env_id, str):
-        fail(f"{source} is no package of {SCRIPT}: it names no env_id")
+        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
     if ":" in env_id and env_id != trusted_env_id:
         fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
     return folder, hyperparameters_of(SimpleNamespace(**flags))

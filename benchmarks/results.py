@@ -62,7 +62,8 @@ CHANGES = {  # what each ablation is called, and what it adds to the command
     "no truncation": "",  # a time limit counts as failure, see `without_truncation`
     "no GAE": "--gae-lambda 1",
     "no clipping": "--clip-coef 1e6",
-    "with annealing": "--anneal-lr",  # TUNED keeps the learning rate constant
+    "no annealing": "--no-anneal-lr",
+    "no reward scale": "--reward-scale 1",
 }
 PATCHED = [
     "-c",
