@@ -137,7 +137,9 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         low = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
-        high = 1 if name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon") else 2**63 - 1
+        high = {"learning_rate": 1, "gamma": 1, "max_epsilon": 1, "min_epsilon": 1, "n_eval_episodes": 10**6}.get(
+            name, 2**63 - 1
+        )
         if value == "" or (isinstance(value, int | float) and not low <= value <= high):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     if args.n_training_episodes < checkpoint.get("episode", 0):
@@ -421,7 +423,7 @@ def record_video(env, policy, path, seed=None):
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
+    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
 
     folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
@@ -487,9 +489,9 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        if not (run_folder / events.name).exists():
-            shutil.copy(events, run_folder)
+    for events in package.glob("logs/*"):  # from before a --resume
+        shutil.copy(events, run_folder / "events.tmp")
+        os.replace(run_folder / "events.tmp", run_folder / events.name)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)

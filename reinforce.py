@@ -129,7 +129,7 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         low = name in ("max_t", "num_envs", "h_size", "n_eval_episodes")
-        high = 1 if name == "gamma" else 2**63 - 1
+        high = {"gamma": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         for number in value if isinstance(value, list) else [value]:
             if number == "" or (isinstance(number, int | float) and not low <= number <= high):
                 fail(f"--{name.replace('_', '-')} {number!r} is not between {low:d} and {high}")
@@ -581,7 +581,7 @@ def record_video(env, policy, path, seed=None):
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
+    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
 
     folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
@@ -639,9 +639,9 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        if not (run_folder / events.name).exists():
-            shutil.copy(events, run_folder)
+    for events in package.glob("logs/*"):  # from before a --resume
+        shutil.copy(events, run_folder / "events.tmp")
+        os.replace(run_folder / "events.tmp", run_folder / events.name)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
