@@ -144,15 +144,13 @@ def parse_args(argv=None):
 
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
     for name, value in vars(args).items():
-        low, high = name in at_least_one, 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
+        low, high = name in at_least_one, {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not low <= value <= high):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        fail(
-            f"--num-minibatches must cut the batch of num_envs * num_steps = {batch_size} into equal parts, 2 at least"
-        )
+        fail(f"--num-minibatches must cut num_envs * num_steps = {batch_size} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -907,7 +905,7 @@ def record_video(env, policy, path, seed=None):
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film the first one again; returns the score as {name: value}.
+    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
 
     folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
     """
@@ -980,9 +978,9 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
     what leaderboards call the environment; metrics: see `score_and_film`.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in run_folder.glob("hub*/logs/*"):  # from before a --resume
-        if not (run_folder / events.name).exists():
-            shutil.copy(events, run_folder)
+    for events in package.glob("logs/*"):  # from before a --resume
+        shutil.copy(events, run_folder / "events.tmp")
+        os.replace(run_folder / "events.tmp", run_folder / events.name)
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "logs").mkdir(parents=True)
     save_model(partial)
