@@ -887,7 +887,7 @@ def record_video(env, policy, path, seed=None):
     env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="error") as film:
+    with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="quiet") as film:
         observation, _ = env.reset(seed=seed)
         done = False
         while True:
