@@ -19,16 +19,9 @@ https://arxiv.org/abs/1506.02438), The 37 Implementation Details of PPO (Huang e
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.6",
-#     "gymnasium[box2d,classic-control]>=1.2,<2",
-#     "numpy>=2,<3",
-#     "tensorboard>=2.18,<3",
-#     "huggingface_hub>=1.20,<3",
-#     "safetensors>=0.4.3,<1",
-#     "imageio>=2.36,<3",
-#     "imageio-ffmpeg>=0.6,<1",
-#     "tqdm>=4.66,<5",
-#     "wasabi>=1.1,<2",
+#     "torch>=2.6", "gymnasium[box2d,classic-control]>=1.2,<2", "numpy>=2,<3", "tensorboard>=2.18,<3",
+#     "huggingface_hub>=1.20,<3", "safetensors>=0.4.3,<1", "imageio>=2.36,<3", "imageio-ffmpeg>=0.6,<1",
+#     "tqdm>=4.66,<5", "wasabi>=1.1,<2",
 # ]
 # ///
 
@@ -539,10 +532,12 @@ def record_video(env, policy, path, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    try:  # of a full disk the writer does not hear
-        imageio.get_reader(path).close()
-    except OSError:
-        raise OSError(f"{path} was not written to its end, is the disk full?") from None
+
+
+def random_policy(env, seed):
+    """The baseline that every agent should beat: actions drawn uniformly."""
+    env.action_space.seed(seed)
+    return lambda _: env.action_space.sample()
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
@@ -728,12 +723,9 @@ def main(argv=None):
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         if args.evaluate:
             render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":  # the baseline that every agent should beat
+            if args.evaluate == "random":
                 env = make_env(args.env_id, render_mode)
-                env.action_space.seed(args.seed)
-
-                def policy(_):
-                    return env.action_space.sample()
+                policy = random_policy(env, args.seed)
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)

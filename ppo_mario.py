@@ -19,19 +19,10 @@ has the wrappers and the network. The game's memory map and rewards are those of
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.6",
-#     "gymnasium[classic-control]>=1.2,<2",
-#     "stable-retro>=1.0,<2; sys_platform != 'win32'",
-#     "gym-super-mario-bros==7.4.0; sys_platform != 'win32'",
-#     "opencv-python-headless>=4.10,<6",
-#     "numpy>=2,<3",
-#     "tensorboard>=2.18,<3",
-#     "huggingface_hub>=1.20,<3",
-#     "safetensors>=0.4.3,<1",
-#     "imageio>=2.36,<3",
-#     "imageio-ffmpeg>=0.6,<1",
-#     "tqdm>=4.66,<5",
-#     "wasabi>=1.1,<2",
+#     "torch>=2.6", "gymnasium[classic-control]>=1.2,<2", "stable-retro>=1.0,<2; sys_platform != 'win32'",
+#     "gym-super-mario-bros==7.4.0; sys_platform != 'win32'", "opencv-python-headless>=4.10,<6", "numpy>=2,<3",
+#     "tensorboard>=2.18,<3", "huggingface_hub>=1.20,<3", "safetensors>=0.4.3,<1", "imageio>=2.36,<3",
+#     "imageio-ffmpeg>=0.6,<1", "tqdm>=4.66,<5", "wasabi>=1.1,<2",
 # ]
 #
 # [tool.uv]
@@ -898,10 +889,12 @@ def record_video(env, policy, path, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    try:  # of a full disk the writer does not hear
-        imageio.get_reader(path).close()
-    except OSError:
-        raise OSError(f"{path} was not written to its end, is the disk full?") from None
+
+
+def random_policy(env, seed):
+    """The baseline that every agent should beat: actions drawn uniformly."""
+    env.action_space.seed(seed)
+    return lambda _: env.action_space.sample()
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
@@ -1105,12 +1098,9 @@ def main(argv=None):
             return play(args.env_id, args.rom)
         if args.evaluate:
             render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":  # the baseline that every agent should beat
+            if args.evaluate == "random":
                 env = make_env(args.env_id, args.action_set, args.rom, render_mode)
-                env.action_space.seed(args.seed)
-
-                def policy(_):
-                    return env.action_space.sample()
+                policy = random_policy(env, args.seed)
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, args.action_set, args.rom, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)

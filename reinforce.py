@@ -21,16 +21,9 @@ http://incompleteideas.net/book/the-book.html), sections 13.3 and 13.4.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.6",
-#     "gymnasium[classic-control]>=1.2,<2",
-#     "numpy>=2,<3",
-#     "tensorboard>=2.18,<3",
-#     "huggingface_hub>=1.20,<3",
-#     "safetensors>=0.4.3,<1",
-#     "imageio>=2.36,<3",
-#     "imageio-ffmpeg>=0.6,<1",
-#     "tqdm>=4.66,<5",
-#     "wasabi>=1.1,<2",
+#     "torch>=2.6", "gymnasium[classic-control]>=1.2,<2", "numpy>=2,<3", "tensorboard>=2.18,<3",
+#     "huggingface_hub>=1.20,<3", "safetensors>=0.4.3,<1", "imageio>=2.36,<3", "imageio-ffmpeg>=0.6,<1",
+#     "tqdm>=4.66,<5", "wasabi>=1.1,<2",
 # ]
 # ///
 
@@ -295,7 +288,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
         self.register_buffer("std", torch.ones(n_observations))
 
 
-def numpy_layers(agent):
+def policy_layers(agent):
     """The weights of the policy as [(weight, bias), ...] NumPy arrays, for `act`.
 
     Standardising the observations is a linear map, so it goes into the first layer.
@@ -311,7 +304,7 @@ def act(layers, observations, noise=0.0):
     """Choose an action for each observation: the policy's forward pass in NumPy.
 
     For a few observations through a network this small, that takes a quarter of PyTorch's time. layers: from
-    `numpy_layers`; observations: (N, n_observations); returns (N,) int64. Without noise: the most probable actions.
+    `policy_layers`; observations: (N, n_observations); returns (N,) int64. Without noise: the most probable actions.
     With standard Gumbel noise, (N, n_actions): samples from softmax(logits), because argmax(logits + noise) is
     distributed so (the Gumbel-max trick).
     """
@@ -331,7 +324,7 @@ def evaluate_actions(actor, observations, actions):
 
 def make_policy(agent, deterministic=True, seed=0):
     """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions."""
-    layers = numpy_layers(agent)
+    layers = policy_layers(agent)
     n_actions = len(layers[-1][1])
     rng = np.random.default_rng(seed)
 
@@ -472,7 +465,7 @@ def train(args, run_folder):
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Generate an episode S_0, A_0, R_1, ..., S_{T-1}, A_{T-1}, R_T, following pi(. | ., theta).
-            observations, actions, rewards = play_episodes(envs, numpy_layers(agent), rng, args.max_t)
+            observations, actions, rewards = play_episodes(envs, policy_layers(agent), rng, args.max_t)
 
             # 2. Loop for each step of the episode: the return G_t.
             returns = np.concatenate([discounted_returns(episode, args.gamma) for episode in rewards])
@@ -574,10 +567,12 @@ def record_video(env, policy, path, seed=None):
                 break
             observation, _, terminated, truncated, _ = env.step(policy(observation))
             done = terminated or truncated
-    try:  # of a full disk the writer does not hear
-        imageio.get_reader(path).close()
-    except OSError:
-        raise OSError(f"{path} was not written to its end, is the disk full?") from None
+
+
+def random_policy(env, seed):
+    """The baseline that every agent should beat: actions drawn uniformly."""
+    env.action_space.seed(seed)
+    return lambda _: env.action_space.sample()
 
 
 def score_and_film(env, policy, seeds, folder=None, metrics=dict):
@@ -763,12 +758,9 @@ def main(argv=None):
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         if args.evaluate:
             render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":  # the baseline that every agent should beat
+            if args.evaluate == "random":
                 env = make_env(args.env_id, render_mode)
-                env.action_space.seed(args.seed)
-
-                def policy(_):
-                    return env.action_space.sample()
+                policy = random_policy(env, args.seed)
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)

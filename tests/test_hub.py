@@ -453,22 +453,14 @@ FULL = """
 import resource
 from functools import partial
 
-def limit(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
 def full(function, *args, **kwargs):
-    limit(1000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     return function(*args, **kwargs)
-
-def full_for_a_while(function, *args, **kwargs):
-    full(function, *args, **kwargs)
-    limit(resource.RLIM_INFINITY)
 
 """
 FULL_AT = {
     "saving the model": FULL + "module.shutil.rmtree = partial(full, module.shutil.rmtree)\nmodule.main()",
     "writing the card": FULL + "module.model_card = partial(full, module.model_card)\nmodule.main()",
-    "filming": FULL + "module.record_video = partial(full_for_a_while, module.record_video)\nmodule.main()",
     "checkpointing": FULL + "module.CHECKPOINT_SECONDS = 0\nos.replace = partial(full, os.replace)\nmodule.main()",
 }
 

@@ -176,7 +176,7 @@ def test_numpy_acting_is_the_network_and_samples_its_softmax():
     torch.nn.init.orthogonal_(agent.actor[-1].weight, 3.0)  # probabilities that differ
     observations = np.random.default_rng(0).normal(3.0, 4.0, size=(64, 5)).astype(np.float32)
     logits = agent.actor((torch.from_numpy(observations) - agent.mean) / agent.std).detach()
-    layers = reinforce.numpy_layers(agent)
+    layers = reinforce.policy_layers(agent)
     assert reinforce.act(layers, observations).tolist() == logits.argmax(dim=1).tolist()
     assert len(set(logits.argmax(dim=1).tolist())) == 3
 
@@ -208,7 +208,7 @@ class Counting(gym.Env):
 
 def test_a_batch_holds_each_episode_whole_in_the_order_of_time():
     envs = [Counting(name, length) for name, length in enumerate((3, 1, 99, 2))]
-    layers = reinforce.numpy_layers(reinforce.Agent(2, 2, [4]))
+    layers = reinforce.policy_layers(reinforce.Agent(2, 2, [4]))
     observations, actions, rewards = reinforce.play_episodes(envs, layers, np.random.default_rng(0), max_t=5)
     expected = [(0, t) for t in range(3)] + [(1, 0)] + [(2, t) for t in range(5)] + [(3, 0), (3, 1)]
     assert [tuple(row) for row in observations.tolist()] == expected
