@@ -145,8 +145,8 @@ def parse_args(argv=None):
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
+    if (args.render and not (args.evaluate and has_display)) or (args.play and not has_display):
+        fail("--render goes with --evaluate, and it and --play need a display")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")

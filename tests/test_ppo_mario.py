@@ -471,6 +471,7 @@ def test_a_mistake_in_the_call_is_one_line(capfd):
 
 
 def test_playing_takes_the_keyboard_until_escape(monkeypatch):
+    monkeypatch.setenv("DISPLAY", ":0")  # SDL does not look for it
     import pygame
 
     pressed, infos = {10: pygame.K_RIGHT, 11: pygame.K_z, 50: pygame.K_x, 70: pygame.K_ESCAPE}, []
