@@ -289,6 +289,7 @@ def train(args, run_folder):
         env_seed = rng.randrange(2**31)  # not the first episodes again
 
     env.reset(seed=env_seed)
+    learning_rate, gamma = args.learning_rate, args.gamma
     first_step, last_checkpoint = global_step, 0.0
     with (
         SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
@@ -302,7 +303,7 @@ def train(args, run_folder):
             while not done:
                 action = epsilon_greedy_policy(qtable, state, epsilon, rng)
                 next_state, reward, terminated, truncated, _ = env.step(action)
-                q_learning_update(qtable, state, action, reward, next_state, terminated, args.learning_rate, args.gamma)
+                q_learning_update(qtable, state, action, reward, next_state, terminated, learning_rate, gamma)
                 state = next_state
                 episode_return += reward
                 episode_length += 1
