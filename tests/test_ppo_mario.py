@@ -383,6 +383,10 @@ def test_the_finalists_are_played_again_before_the_best_is_packaged_and_a_lucky_
     assert packaged.numpy().tobytes() == played[-1] and not torch.equal(packaged, lucky)
 
 
+def test_a_score_is_over_as_many_episodes_as_the_readme_says():
+    assert ppo_mario.parse_args([]).n_eval_episodes == 100
+
+
 def test_the_finalists_are_the_best_of_the_second_half_of_training(monkeypatch):
     monkeypatch.setattr(ppo_mario, "evaluate_agent", lambda env, *args: (env.flags.append(False) or 1.0, 0.0))
     ppo_mario.main([*SMALL, "640"])
