@@ -3,7 +3,6 @@
     python ppo_mario.py                                                     # learns to finish stage 1-1
     python ppo_mario.py --env-id SuperMarioBros-1-2-v0 --repo-id user/mario # another stage, pushed to the Hub
     python ppo_mario.py --evaluate user/mario                               # load it back, score it, film it
-    python ppo_mario.py --play                                              # play yourself: arrows, Z, X, Enter
     tensorboard --logdir runs
 
 The algorithm is that of ppo.py: roll out the current policy, estimate advantages (GAE), take minibatch steps on the
@@ -91,7 +90,6 @@ def parse_args(argv=None):
     flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
-    flag("--play", action=switch, default=False, help="no training: play yourself, with arrows, Z, X and Enter")
     flag("--rom", metavar="PATH", help="the game's .nes file; without it that of the package gym-super-mario-bros")
     flag("--exp-name", default="ppo_mario", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=int, default=1, help="seed of everything random; the game itself has no chance in it")
@@ -145,8 +143,8 @@ def parse_args(argv=None):
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if (args.render and not (args.evaluate and has_display)) or (args.play and not has_display):
-        fail("--render goes with --evaluate, and it and --play need a display")
+    if args.render and not (args.evaluate and has_display):
+        fail("--render goes with --evaluate, and needs a display")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -167,7 +165,6 @@ ACTION_SETS = {  # the original's three lists
     "simple": [*RIGHT, "A", "LEFT"],
     "complex": [*RIGHT, "A", "LEFT", "LEFT A", "LEFT B", "LEFT A B", "DOWN", "UP"],
 }
-KEYS = {"UP": "UP", "DOWN": "DOWN", "LEFT": "LEFT", "RIGHT": "RIGHT", "z": "B", "x": "A", "RETURN": "START"}  # --play
 
 ROMS = [  # the version of an environment's id says how much is drawn: its file in gym-super-mario-bros, and the SHA-1
     ("super-mario-bros.nes", "ab30029efec6ccfc5d65dfda7fbc6e6489a80805"),  # -v0: everything
@@ -454,29 +451,17 @@ class CountFlags(gym.Wrapper):
             self.flags.append(info["flag_get"])
         return observation, reward, terminated, truncated, info
 
-    def flag_rate(self):
-        """The share of the episodes so far that ended at the flag, as a metric of the score."""
-        return {"flag_rate": float(np.mean(self.flags))}
-
-
-def make_game(env_id, action_set, rom=None):
-    """Make the bare game, whose steps are frames. A gymnasium.error.Error says what is wrong with its name or its ROM.
-
-    It is made from the class and not by its id, which a worker process need not know: where processes are spawned, a
-    class of a notebook comes with the job, but what the notebook registered does not.
-    """
-    if with_version(env_id) not in IDS:
-        raise gym.error.Error(f"{env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
-    return SuperMarioBros(*IDS[with_version(env_id)], action_set, rom, "rgb_array")
-
 
 def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps=None):
     """Make one environment with its wrappers: observations are (STACK, SIDE, SIDE) uint8, steps SKIP frames long.
 
-    stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. Raises what
-    `make_game` does.
+    stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. A
+    gymnasium.error.Error says what is wrong with its name or its ROM.
     """
-    env = make_game(env_id, action_set, rom)
+    if env_id not in IDS:
+        raise gym.error.Error(f"{env_id}: this script knows SuperMarioBros-v0 and SuperMarioBros-1-1-v0 to -8-4-v0")
+    # Not by its id: where worker processes are spawned, a notebook's class comes with the job, its registry does not.
+    env = SuperMarioBros(*IDS[env_id], action_set, rom, "rgb_array")
     if render_mode == "human":
         env = gym.wrappers.HumanRendering(env)
     env = SkipFrames(env)
@@ -609,17 +594,6 @@ def standardise(advantages):
     return centred / (advantages.std(dim=1, keepdim=True) + 1e-8)
 
 
-def policy_change(log_probs, old_log_probs, clip_coef):
-    """How far the policy has moved from the one that collected the batch, as {name: 0-d tensor}.
-
-    Two estimates of KL(old || new) (http://joschu.net/blog/kl-approx.html), and the share of ratios that are clipped.
-    """
-    log_ratio = log_probs - old_log_probs
-    ratio = log_ratio.exp()
-    clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
-    return {"approx_kl": (ratio - 1 - log_ratio).mean(), "old_approx_kl": -log_ratio.mean(), "clipfrac": clipfrac}
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -695,7 +669,7 @@ def train(args, run_folder):
     last_checkpoint = 0.0
     with (
         ending_workers(halves),
-        SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
+        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
         progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -749,7 +723,9 @@ def train(args, run_folder):
                     minibatches[-1] = standardise(minibatches[-1])
                 for minibatch in zip(*minibatches):
                     new_log_probs, losses = update(agent, optimizer, minibatch, args)
-                losses |= policy_change(new_log_probs, minibatch[2], args.clip_coef)
+                log_ratio = new_log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
+                losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
+                losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
                 if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
                     break
             torch.set_num_threads(1)
@@ -804,9 +780,7 @@ def best_of(finalists, agent, args):
             policy = make_policy(agent, args.deterministic_eval, seed=[args.seed, args.total_timesteps])
             env.flags.clear()
             scores.append(evaluate_agent(env, policy, range(args.n_eval_episodes))[0])
-            msg.text(
-                f"After {step:,} steps: mean_reward {scores[-1]:.2f}, flag_rate {env.flag_rate()['flag_rate']:.2f}"
-            )
+            msg.text(f"After {step:,} steps: mean_reward {scores[-1]:.2f}, flag_rate {np.mean(env.flags):.2f}")
     agent.load_state_dict(finalists[np.argmax(scores)][2])
     return agent
 
@@ -891,45 +865,27 @@ def record_video(env, policy, path, seed=None):
             done = terminated or truncated
 
 
-def random_policy(env, seed):
-    """The baseline that every agent should beat: actions drawn uniformly."""
-    env.action_space.seed(seed)
-    return lambda _: env.action_space.sample()
-
-
-def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
-
-    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
-    """
+def score_and_film(env, policy, seeds, folder=None):
+    """Play an episode per seed and print the score; film one on the first seed into the folder, if there is one."""
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    score = {"mean_reward": mean_reward, "std_reward": std_reward, **metrics()}
-    result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
-    more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
-    msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
+    result = mean_reward - std_reward  # what the course's leaderboard ranks by
+    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
         if in_notebook():
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
+    return {"mean_reward": mean_reward, "std_reward": std_reward}
+
+
+def score_with_flags(env, policy, seeds, folder=None):
+    """`score_and_film`, and the share of the episodes that ended at the flag."""
+    score = score_and_film(env, policy, seeds, folder)
+    score["flag_rate"] = float(np.mean(env.flags[: len(seeds)]))  # without the film's
+    msg.good(f"flag_rate {score['flag_rate']:.2f}")
     return score
-
-
-def play(env_id, rom=None):
-    """--play: the keyboard is the controller, until the window is closed or Escape is pressed."""
-    import pygame  # which gymnasium's rendering uses too; learning does not
-    from gymnasium.utils.play import play as play_with_keys
-
-    combinations = [names for n in range(1, 5) for names in itertools.combinations(KEYS, n)]  # of keys held at a time
-    action_set = ["", *(" ".join(KEYS[name] for name in names) for names in combinations)]
-    actions = {tuple(getattr(pygame, f"K_{name}") for name in names): i for i, names in enumerate(combinations, 1)}
-    with contextlib.closing(make_game(env_id, action_set, rom)) as env:
-        try:
-            play_with_keys(env, zoom=1.5, keys_to_action=actions, noop=0)
-        except pygame.error as error:  # where there is no display
-            fail(f"--play: {error}", code=1)
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
@@ -959,38 +915,25 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "play", "rom")
+    now = ("resume", "evaluate", "render", "rom")
     return {name: value for name, value in vars(args).items() if name not in now}
 
 
-def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
-    """Score, film and describe the agent in run_folder/hub, built beside its place and moved there whole; push it.
+def package_to_hub(run_folder, args, results):
+    """Complete the package, in hub.partial, where model and replay are already; move it into run_folder/hub; push it.
 
-    env: made with render_mode="rgb_array"; policy: observation -> action, what is scored on these seeds; save_model: a
-    function that writes the model into a folder; about: what results.json and the card say besides, with "env_name",
-    what leaderboards call the environment; metrics: see `score_and_film`.
+    results: the score, "global_step", "scored_with", and "env_name", what leaderboards call the environment.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in package.glob("logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder / "events.tmp")
-        os.replace(run_folder / "events.tmp", run_folder / events.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "logs").mkdir(parents=True)
-    save_model(partial)
-    score = score_and_film(env, policy, seeds, partial, metrics)
-    results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
+    results = {"env_id": args.env_id, **results, "n_eval_episodes": args.n_eval_episodes}
     results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
-    (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
+    (partial / "README.md").write_text(model_card(args, results))
     shutil.copy(run_folder / SCRIPT, partial)
-    for events in run_folder.glob("events.out.tfevents*"):
-        shutil.copy(events, partial / "logs")
-    shutil.rmtree(package, ignore_errors=True)
-    partial.rename(package)
-    for events in run_folder.glob("events.out.tfevents*"):
-        if not args.track:  # Weights & Biases still reads them
-            events.unlink()  # else TensorBoard would show the run twice
+    for file in partial.iterdir():  # only now, when all is written
+        os.replace(file, package / file.name)  # which has the logs already
+    partial.rmdir()
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -1002,15 +945,13 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
         msg.good(f"Pushed: {url}")
 
 
-def model_card(args, results, metrics):
+def model_card(args, results):
     """The package's README.md: metadata as the course's leaderboard reads it, the score, and how to use the agent."""
     env_name, repo_id = results["env_name"], args.repo_id or "user/name"
     score = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
     task = dict(task_type="reinforcement-learning", dataset_type=env_name, dataset_name=env_name)
-    entries = [EvalResult(**task, metric_type="mean_reward", metric_value=score)]
-    entries += [EvalResult(**task, metric_type=name, metric_value=results[name]) for name in metrics]
-    tags = [env_name, *CARD_TAGS]
-    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=entries)
+    entry, tags = EvalResult(**task, metric_type="mean_reward", metric_value=score), [env_name, *CARD_TAGS]
+    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=[entry])
     return f"""\
 ---
 {data.to_yaml()}
@@ -1018,9 +959,9 @@ def model_card(args, results, metrics):
 
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{score}**{"".join(f", {name} **{results[name]:.2f}**" for name in metrics)} over
-{results["n_eval_episodes"]} episodes with {results["scored_with"]}. Trained for {results["global_step"]:,} steps by
-[{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}` installs what it needs):
+mean_reward **{score}** over {results["n_eval_episodes"]} episodes with {results["scored_with"]}.
+Trained for {results["global_step"]:,} steps by [{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}`
+installs what it needs):
 
 ```bash
 hf download {repo_id} {SCRIPT} --local-dir .
@@ -1094,19 +1035,18 @@ def main(argv=None):
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
-        if args.play:
-            return play(args.env_id, args.rom)
         if args.evaluate:
             render_mode = "human" if args.render else "rgb_array"
             if args.evaluate == "random":
                 env = make_env(args.env_id, args.action_set, args.rom, render_mode)
-                policy = random_policy(env, args.seed)
+                env.action_space.seed(args.seed)
+                policy = lambda _: env.action_space.sample()  # noqa: E731
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, args.action_set, args.rom, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)
             with contextlib.closing(env):
                 folder = None if args.render else new_folder(args, "evaluate")
-                return score_and_film(env, policy, seeds, folder, env.flag_rate)
+                return score_with_flags(env, policy, seeds, folder)
 
         make_env(args.env_id, args.action_set, args.rom).close()  # what is wrong with it is said now
         if args.repo_id:  # and the right to write there is checked now, too
@@ -1116,11 +1056,15 @@ def main(argv=None):
         run_folder = start_run(args)
         agent, global_step = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)
-        actions = "the most probable" if args.deterministic_eval else "sampled"
-        scored_with = f"{actions} actions; the game always starts in the same state"
-        about = {"env_name": args.env_id, "global_step": global_step, "scored_with": scored_with}
+        partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
-            package_to_hub(run_folder, args, env, policy, seeds, agent.save_pretrained, about, env.flag_rate)
+            results = score_with_flags(env, policy, seeds, partial)
+        agent.save_pretrained(partial)
+        actions = "the most probable" if args.deterministic_eval else "sampled"
+        flags = f"{results['flag_rate']:.0%} of them came to the flag"
+        results["scored_with"] = f"{actions} actions, from the game's one start; {flags}"
+        results |= {"env_name": args.env_id, "global_step": global_step}
+        package_to_hub(run_folder, args, results)
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()

@@ -21,7 +21,7 @@ edition, 2018, http://incompleteideas.net/book/the-book.html), section 6.5.
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.6", "gymnasium[toy-text]>=1.2,<2", "numpy>=2,<3", "tensorboard>=2.18,<3", "huggingface_hub>=1.20,<3",
-#     "imageio>=2.36,<3", "imageio-ffmpeg>=0.6,<1", "pillow>=10,<15", "tqdm>=4.66,<5", "wasabi>=1.1,<2",
+#     "imageio>=2.36,<3", "imageio-ffmpeg>=0.6,<1", "tqdm>=4.66,<5", "wasabi>=1.1,<2",
 # ]
 # ///
 
@@ -42,7 +42,6 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,7 +51,6 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
-from PIL import Image, ImageDraw
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from wasabi import Printer
@@ -129,9 +127,8 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         low = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
-        high = {"learning_rate": 1, "gamma": 1, "max_epsilon": 1, "min_epsilon": 1, "n_eval_episodes": 10**6}.get(
-            name, 2**63 - 1
-        )
+        is_share = name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon")
+        high = 1 if is_share else 10**6 if name == "n_eval_episodes" else 2**63 - 1
         if value == "" or (isinstance(value, int | float) and not low <= value <= high):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     if args.n_training_episodes < checkpoint.get("episode", 0):
@@ -214,38 +211,6 @@ def make_policy(agent):
     return lambda state: int(np.argmax(agent["qtable"][state]))
 
 
-def draw_q_table(qtable, env, cell=112):
-    """The Q-table of a grid world as an image, or None for other environments.
-
-    A cell has a triangle for each action, on the side where it leads, the brighter the higher its value; the best
-    one's is green. Cells that end or fail an episode have their letter. cell: side of a cell in pixels.
-    """
-    if env.spec.name.startswith("FrozenLake"):
-        letters, sides = env.unwrapped.desc.astype(str), (3, 2, 1, 0)  # of each action: 0 up, 1 right, 2 down, 3 left
-    elif env.spec.name.startswith("CliffWalking"):
-        letters, sides = np.array([[*"." * 12]] * 3 + [[*"SCCCCCCCCCCG"]]), (0, 1, 2, 3)
-    else:
-        return None
-    brightness = 50 + 150 * (qtable - qtable.min()) / max(np.ptp(qtable), 1e-9)
-    image = Image.new("RGB", (letters.shape[1] * cell, letters.shape[0] * cell))
-    draw = ImageDraw.Draw(image)
-    for state, ((row, column), letter) in enumerate(np.ndenumerate(letters)):
-        corners = cell * np.array([(column, row), (column + 1, row), (column + 1, row + 1), (column, row + 1)])
-        centre = corners.mean(axis=0)
-        if letter in "HCG":
-            draw.text(tuple(centre), letter, fill="white", anchor="mm", font_size=cell // 3)
-            continue
-        best = qtable[state].argmax() if np.ptp(qtable[state]) else None
-        for action, side in enumerate(sides):
-            edge = corners[[side, (side + 1) % 4]]
-            light = int(brightness[state, action])
-            colour = (20, light, 40) if action == best else (20, 20 + light // 4, 40 + light // 2)
-            draw.polygon([*map(tuple, edge), tuple(centre)], fill=colour, outline="black")
-            middle = 0.62 * edge.mean(axis=0) + 0.38 * centre
-            draw.text(tuple(middle), f"{qtable[state, action]:.2f}", fill="white", anchor="mm")
-    return image
-
-
 # --- The math --------------------------------------------------------------------------------------------------------
 
 
@@ -292,7 +257,7 @@ def train(args, run_folder):
     learning_rate, gamma = args.learning_rate, args.gamma
     first_step, last_checkpoint = global_step, 0.0
     with (
-        SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
+        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
         progress_bar(args.n_training_episodes, first_episode, "episode") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -411,30 +376,19 @@ def record_video(env, policy, path, seed=None):
             done = terminated or truncated
 
 
-def random_policy(env, seed):
-    """The baseline that every agent should beat: actions drawn uniformly."""
-    env.action_space.seed(seed)
-    return lambda _: env.action_space.sample()
-
-
-def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
-
-    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
-    """
+def score_and_film(env, policy, seeds, folder=None):
+    """Play an episode per seed and print the score; film one on the first seed into the folder, if there is one."""
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    score = {"mean_reward": mean_reward, "std_reward": std_reward, **metrics()}
-    result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
-    more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
-    msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
+    result = mean_reward - std_reward  # what the course's leaderboard ranks by
+    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
         if in_notebook():
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return score
+    return {"mean_reward": mean_reward, "std_reward": std_reward}
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
@@ -464,46 +418,25 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "play", "rom")
+    now = ("resume", "evaluate", "render", "rom")
     return {name: value for name, value in vars(args).items() if name not in now}
 
 
-def save_agent(agent, env, folder):
-    """Save the course's model dict as a pickle and, for a grid world, a picture of its Q-table."""
-    (folder / "q-learning.pkl").write_bytes(pickle.dumps(agent))
-    picture = draw_q_table(agent["qtable"], env)
-    if picture:
-        picture.save(folder / "q-table.png")
+def package_to_hub(run_folder, args, results):
+    """Complete the package, in hub.partial, where model and replay are already; move it into run_folder/hub; push it.
 
-
-def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
-    """Score, film and describe the agent in run_folder/hub, built beside its place and moved there whole; push it.
-
-    env: made with render_mode="rgb_array"; policy: observation -> action, what is scored on these seeds; save_model: a
-    function that writes the model into a folder; about: what results.json and the card say besides, with "env_name",
-    what leaderboards call the environment; metrics: see `score_and_film`.
+    results: the score, "global_step", "scored_with", and "env_name", what leaderboards call the environment.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in package.glob("logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder / "events.tmp")
-        os.replace(run_folder / "events.tmp", run_folder / events.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "logs").mkdir(parents=True)
-    save_model(partial)
-    score = score_and_film(env, policy, seeds, partial, metrics)
-    results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
+    results = {"env_id": args.env_id, **results, "n_eval_episodes": args.n_eval_episodes}
     results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
-    (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
+    (partial / "README.md").write_text(model_card(args, results))
     shutil.copy(run_folder / SCRIPT, partial)
-    for events in run_folder.glob("events.out.tfevents*"):
-        shutil.copy(events, partial / "logs")
-    shutil.rmtree(package, ignore_errors=True)
-    partial.rename(package)
-    for events in run_folder.glob("events.out.tfevents*"):
-        if not args.track:  # Weights & Biases still reads them
-            events.unlink()  # else TensorBoard would show the run twice
+    for file in partial.iterdir():  # only now, when all is written
+        os.replace(file, package / file.name)  # which has the logs already
+    partial.rmdir()
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -515,15 +448,13 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
         msg.good(f"Pushed: {url}")
 
 
-def model_card(args, results, metrics):
+def model_card(args, results):
     """The package's README.md: metadata as the course's leaderboard reads it, the score, and how to use the agent."""
     env_name, repo_id = results["env_name"], args.repo_id or "user/name"
     score = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
     task = dict(task_type="reinforcement-learning", dataset_type=env_name, dataset_name=env_name)
-    entries = [EvalResult(**task, metric_type="mean_reward", metric_value=score)]
-    entries += [EvalResult(**task, metric_type=name, metric_value=results[name]) for name in metrics]
-    tags = [env_name, *CARD_TAGS]
-    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=entries)
+    entry, tags = EvalResult(**task, metric_type="mean_reward", metric_value=score), [env_name, *CARD_TAGS]
+    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=[entry])
     return f"""\
 ---
 {data.to_yaml()}
@@ -531,9 +462,9 @@ def model_card(args, results, metrics):
 
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{score}**{"".join(f", {name} **{results[name]:.2f}**" for name in metrics)} over
-{results["n_eval_episodes"]} episodes with {results["scored_with"]}. Trained for {results["global_step"]:,} steps by
-[{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}` installs what it needs):
+mean_reward **{score}** over {results["n_eval_episodes"]} episodes with {results["scored_with"]}.
+Trained for {results["global_step"]:,} steps by [{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}`
+installs what it needs):
 
 ```bash
 hf download {repo_id} {SCRIPT} --local-dir .
@@ -709,7 +640,8 @@ def main(argv=None):
             render_mode = "human" if args.render else "rgb_array"
             if args.evaluate == "random":
                 env = make_env(args.env_id, **options, render_mode=render_mode)
-                policy = random_policy(env, args.seed)
+                env.action_space.seed(args.seed)
+                policy = lambda _: env.action_space.sample()  # noqa: E731
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, render_mode, **options)
                 policy = make_policy(agent)
@@ -727,10 +659,12 @@ def main(argv=None):
         agent, global_step = train(args, run_folder)
         course = "the course's seeds" + (" and others" if len(seeds) > len(TAXI_EVAL_SEED) else "")
         which_seeds = course if args.env_id == "Taxi-v3" else "seeds that training never used"
-        scored_with = f"the best action by the table, on {which_seeds}"
-        about = {"env_name": name, "global_step": global_step, "scored_with": scored_with}
-        save_model = partial(save_agent, agent, env)
-        package_to_hub(run_folder, args, env, make_policy(agent), seeds, save_model, about)
+        partial = run_folder / "hub.partial"  # the package, as long as it is not complete
+        results = score_and_film(env, make_policy(agent), seeds, partial)
+        (partial / "q-learning.pkl").write_bytes(pickle.dumps(agent))  # the course's format
+        results["scored_with"] = f"the best action by the table, on {which_seeds}"
+        results |= {"env_name": name, "global_step": global_step}
+        package_to_hub(run_folder, args, results)
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()

@@ -40,7 +40,6 @@ import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import deque
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -439,7 +438,6 @@ def train(args, run_folder):
 
     num_updates = args.n_training_episodes // args.num_envs
     episodes = global_step = 0
-    recent_returns = deque(maxlen=100)  # of the episodes that ended last
     env_seeds = [args.seed + i for i in range(args.num_envs)]
     if args.resume:
         checkpoint = load_checkpoint(run_folder)
@@ -447,7 +445,6 @@ def train(args, run_folder):
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
         episodes, global_step = checkpoint["episodes"], checkpoint["global_step"]
-        recent_returns.extend(checkpoint["recent_returns"])
         msg.info(f"Resumed after {episodes:,} episodes, {args.n_training_episodes - episodes:,} to go")
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
     for env, seed in zip(envs, env_seeds):
@@ -455,7 +452,7 @@ def train(args, run_folder):
 
     first_step, last_checkpoint = global_step, 0.0
     with (
-        SummaryWriter(run_folder, purge_step=global_step + 1 if args.resume else None) as writer,
+        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
         progress_bar(args.n_training_episodes, episodes, "episode") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -483,11 +480,10 @@ def train(args, run_folder):
             for name, value in losses.items():
                 writer.add_scalar(f"losses/{name}", float(value), global_step)
             writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-            episode_returns = [sum(episode) for episode in rewards]
-            writer.add_scalar("charts/episodic_return", np.mean(episode_returns), global_step)
+            mean_return = np.mean([sum(episode) for episode in rewards])
+            writer.add_scalar("charts/episodic_return", mean_return, global_step)
             writer.add_scalar("charts/episodic_length", len(observations) / args.num_envs, global_step)
-            recent_returns.extend(episode_returns)
-            bar.set_postfix_str(f"return {np.mean(recent_returns):.2f}", refresh=False)
+            bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
             bar.update(args.num_envs)
             writer.add_scalar("charts/SPS", (global_step - first_step) / bar.format_dict["elapsed"], global_step)
             writer.flush()  # else TensorBoard's thread writes during the episode, and takes the GIL at every step of it
@@ -498,8 +494,7 @@ def train(args, run_folder):
                 record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_updates - 1:
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-                state |= dict(episodes=episodes, global_step=global_step, recent_returns=[*recent_returns])
-                save_checkpoint(run_folder, args, **state)
+                save_checkpoint(run_folder, args, episodes=episodes, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
     return agent, global_step
 
@@ -569,30 +564,19 @@ def record_video(env, policy, path, seed=None):
             done = terminated or truncated
 
 
-def random_policy(env, seed):
-    """The baseline that every agent should beat: actions drawn uniformly."""
-    env.action_space.seed(seed)
-    return lambda _: env.action_space.sample()
-
-
-def score_and_film(env, policy, seeds, folder=None, metrics=dict):
-    """Play an episode per seed, print the score, and film one on the first seed; returns the score as {name: value}.
-
-    folder: where replay.mp4 goes, if anywhere; metrics: a function that returns {name: value} of what else there is.
-    """
+def score_and_film(env, policy, seeds, folder=None):
+    """Play an episode per seed and print the score; film one on the first seed into the folder, if there is one."""
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    score = {"mean_reward": mean_reward, "std_reward": std_reward, **metrics()}
-    result = f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes"
-    more = "".join(f", {name} {value:.2f}" for name, value in [*score.items()][2:])
-    msg.good(f"{result} (result {mean_reward - std_reward:.2f}){more}")  # what the course's leaderboard ranks by
+    result = mean_reward - std_reward  # what the course's leaderboard ranks by
+    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
         if in_notebook():
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return score
+    return {"mean_reward": mean_reward, "std_reward": std_reward}
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
@@ -622,38 +606,25 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "play", "rom")
+    now = ("resume", "evaluate", "render", "rom")
     return {name: value for name, value in vars(args).items() if name not in now}
 
 
-def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metrics=dict):
-    """Score, film and describe the agent in run_folder/hub, built beside its place and moved there whole; push it.
+def package_to_hub(run_folder, args, results):
+    """Complete the package, in hub.partial, where model and replay are already; move it into run_folder/hub; push it.
 
-    env: made with render_mode="rgb_array"; policy: observation -> action, what is scored on these seeds; save_model: a
-    function that writes the model into a folder; about: what results.json and the card say besides, with "env_name",
-    what leaderboards call the environment; metrics: see `score_and_film`.
+    results: the score, "global_step", "scored_with", and "env_name", what leaderboards call the environment.
     """
     partial, package = run_folder / "hub.partial", run_folder / "hub"
-    for events in package.glob("logs/*"):  # from before a --resume
-        shutil.copy(events, run_folder / "events.tmp")
-        os.replace(run_folder / "events.tmp", run_folder / events.name)
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "logs").mkdir(parents=True)
-    save_model(partial)
-    score = score_and_film(env, policy, seeds, partial, metrics)
-    results = {"env_id": args.env_id, **about, **score, "n_eval_episodes": len(seeds)}
+    results = {"env_id": args.env_id, **results, "n_eval_episodes": args.n_eval_episodes}
     results["eval_datetime"] = datetime.now(UTC).isoformat(timespec="seconds")
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
-    (partial / "README.md").write_text(model_card(args, results, list(score)[2:]))
+    (partial / "README.md").write_text(model_card(args, results))
     shutil.copy(run_folder / SCRIPT, partial)
-    for events in run_folder.glob("events.out.tfevents*"):
-        shutil.copy(events, partial / "logs")
-    shutil.rmtree(package, ignore_errors=True)
-    partial.rename(package)
-    for events in run_folder.glob("events.out.tfevents*"):
-        if not args.track:  # Weights & Biases still reads them
-            events.unlink()  # else TensorBoard would show the run twice
+    for file in partial.iterdir():  # only now, when all is written
+        os.replace(file, package / file.name)  # which has the logs already
+    partial.rmdir()
     command = f"hf upload {args.repo_id or 'user/name'} {package}"
     msg.good(f"Package: {package}")
     print(f"  see it play again with  --evaluate {run_folder}\n  push it with            {command}")
@@ -665,15 +636,13 @@ def package_to_hub(run_folder, args, env, policy, seeds, save_model, about, metr
         msg.good(f"Pushed: {url}")
 
 
-def model_card(args, results, metrics):
+def model_card(args, results):
     """The package's README.md: metadata as the course's leaderboard reads it, the score, and how to use the agent."""
     env_name, repo_id = results["env_name"], args.repo_id or "user/name"
     score = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
     task = dict(task_type="reinforcement-learning", dataset_type=env_name, dataset_name=env_name)
-    entries = [EvalResult(**task, metric_type="mean_reward", metric_value=score)]
-    entries += [EvalResult(**task, metric_type=name, metric_value=results[name]) for name in metrics]
-    tags = [env_name, *CARD_TAGS]
-    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=entries)
+    entry, tags = EvalResult(**task, metric_type="mean_reward", metric_value=score), [env_name, *CARD_TAGS]
+    data = ModelCardData(model_name=ALGORITHM, tags=tags, pipeline_tag=task["task_type"], eval_results=[entry])
     return f"""\
 ---
 {data.to_yaml()}
@@ -681,9 +650,9 @@ def model_card(args, results, metrics):
 
 # {ALGORITHM} agent playing {env_name}
 
-mean_reward **{score}**{"".join(f", {name} **{results[name]:.2f}**" for name in metrics)} over
-{results["n_eval_episodes"]} episodes with {results["scored_with"]}. Trained for {results["global_step"]:,} steps by
-[{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}` installs what it needs):
+mean_reward **{score}** over {results["n_eval_episodes"]} episodes with {results["scored_with"]}.
+Trained for {results["global_step"]:,} steps by [{SCRIPT}]({SCRIPT}), which is all it takes to run it (`uv run {SCRIPT}`
+installs what it needs):
 
 ```bash
 hf download {repo_id} {SCRIPT} --local-dir .
@@ -760,7 +729,8 @@ def main(argv=None):
             render_mode = "human" if args.render else "rgb_array"
             if args.evaluate == "random":
                 env = make_env(args.env_id, render_mode)
-                policy = random_policy(env, args.seed)
+                env.action_space.seed(args.seed)
+                policy = lambda _: env.action_space.sample()  # noqa: E731
             else:
                 agent, env = load_agent(args.evaluate, args.env_id, render_mode)
                 policy = make_policy(agent, args.deterministic_eval, args.seed)
@@ -776,12 +746,15 @@ def main(argv=None):
         run_folder = start_run(args)
         agent, global_step = train(args, run_folder)
         policy = make_policy(agent, args.deterministic_eval, args.seed)
+        partial = run_folder / "hub.partial"  # the package, as long as it is not complete
+        results = score_and_film(env, policy, seeds, partial)
+        agent.save_pretrained(partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
-        scored_with = f"{actions} actions, on seeds that training never used"
+        results["scored_with"] = f"{actions} actions, on seeds that training never used"
         if env.spec.max_episode_steps == EVAL_MAX_STEPS:
-            scored_with += f", cut off after {EVAL_MAX_STEPS:,} steps"
-        about = {"env_name": args.env_id, "global_step": global_step, "scored_with": scored_with}
-        package_to_hub(run_folder, args, env, policy, seeds, agent.save_pretrained, about)
+            results["scored_with"] += f", cut off after {EVAL_MAX_STEPS:,} steps"
+        results |= {"env_name": args.env_id, "global_step": global_step}
+        package_to_hub(run_folder, args, results)
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()

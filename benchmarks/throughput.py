@@ -237,7 +237,7 @@ def our_mario(frames):
     """Frames of the Super Mario Bros. of ppo_mario.py, with reward and info."""
     import ppo_mario
 
-    env = ppo_mario.make_game("SuperMarioBros-1-1-v0", "right")
+    env = ppo_mario.SuperMarioBros(1, 1, action_set="right")
     env.reset()
     started = time.perf_counter()
     for action in mario_actions(frames):

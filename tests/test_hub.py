@@ -54,7 +54,6 @@ SCRIPTS = {
         fewer="--n-training-episodes 250",
         tags={"q-learning"},
         model="q-learning.pkl",
-        extras={"q-table.png"},
     ),
     "reinforce.py": Script(
         flags="--num-envs 4 --n-training-episodes 42 --n-eval-episodes 2",
@@ -156,7 +155,7 @@ def test_push_sends_the_package_byte_for_byte(trained, hub):
     logs = {path for path in files if path.startswith("logs/events.out.tfevents")}
     about = {"README.md", "results.json", "hyperparameters.json", "replay.mp4", trained.script}
     model = SCRIPTS[trained.script].model
-    about |= {model, *({"config.json"} if model == "model.safetensors" else ()), *SCRIPTS[trained.script].extras}
+    about |= {model, "config.json"} if model == "model.safetensors" else {model}
     assert logs and set(files) == logs | about
     assert files[trained.script] == (ROOT / trained.script).read_bytes()
     asked = [request for request in hub.requests if trained.repo_id in request.path and request.method == "POST"]
@@ -367,7 +366,7 @@ def undisturbed(shell, tmp_path_factory):
     def run(script):
         cwd = tmp_path_factory.mktemp("undisturbed")
         pid, began = start_longer(script, shell, cwd)
-        wait_for(cwd, "runs/*/hub")
+        wait_for(cwd, "runs/*/hub/results.json")
         seconds = time.monotonic() - began
         result = shell.end(script, pid)
         assert result.returncode == 0, result.stderr
@@ -412,7 +411,7 @@ def test_interrupted_at_a_random_moment(script, attempt, shell, undisturbed, tmp
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, SIGNALS[attempt % 2])
         stopped = shell.end(script, pid)
-        if stopped.returncode != 0 or not (the_run(cwd) / "hub").exists():
+        if stopped.returncode != 0 or not (the_run(cwd) / "hub" / "results.json").exists():
             break  # else it was over before the signal came
         assert patience < 5, "it is always over before the signal comes"
     line = the_line(stopped, 130)
@@ -459,7 +458,7 @@ def full(function, *args, **kwargs):
 
 """
 FULL_AT = {
-    "saving the model": FULL + "module.shutil.rmtree = partial(full, module.shutil.rmtree)\nmodule.main()",
+    "filming": FULL + "module.score_and_film = partial(full, module.score_and_film)\nmodule.main()",
     "writing the card": FULL + "module.model_card = partial(full, module.model_card)\nmodule.main()",
     "checkpointing": FULL + "module.CHECKPOINT_SECONDS = 0\nos.replace = partial(full, os.replace)\nmodule.main()",
 }
@@ -471,7 +470,8 @@ def test_full_disk_while_packaging(trained, moment, shell, tmp_path):
     run_folder = trained.copy_to(tmp_path)
     again = [trained.script, "--resume", run_folder]
     line = the_line(shell.script(*again, cwd=tmp_path, code=FULL_AT[moment]), 1)
-    assert files_of(tmp_path / run_folder / "hub") == files_of(trained.package)
+    files, before = files_of(tmp_path / run_folder / "hub"), files_of(trained.package)
+    assert {path: files[path] for path in before} == before
     check_hint(line, tmp_path)
     assert len(line) < 500  # not ffmpeg's whole log
     assert shell.script(*again, cwd=tmp_path).returncode == 0

@@ -127,16 +127,6 @@ def test_value_loss_is_the_worse_of_the_plain_and_the_clipped_error():
     torch.testing.assert_close(values.grad, (values.detach() - returns) * moves / 1000)
 
 
-def test_policy_change_estimates_the_kl_divergence():
-    old, new = torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.25, 0.45, 0.3]).log()
-    actions = torch.multinomial(old.exp(), 200_000, replacement=True, generator=torch.Generator().manual_seed(0))
-    change = ppo.policy_change(new[actions], old[actions], clip_coef=0.2)
-    kl = (old.exp() * (old - new)).sum().item()
-    assert change["approx_kl"].item() == pytest.approx(kl, rel=0.02)
-    assert change["old_approx_kl"].item() == pytest.approx(kl, rel=0.2)
-    assert change["clipfrac"].item() == pytest.approx(0.2, abs=0.005)  # only the first action's ratio, 1.25, is outside
-
-
 # --- the agent
 
 
@@ -269,7 +259,7 @@ def test_one_update_changes_the_parameters_and_leaves_a_complete_package():
         assert torch.equal(tensor, agent.state_dict()[name])
         assert not torch.equal(tensor, start[name])
 
-    for name in ("value_loss", "policy_loss", "entropy", "approx_kl", "old_approx_kl", "clipfrac"):
+    for name in ("value_loss", "policy_loss", "entropy", "approx_kl", "clipfrac"):
         ((step, value),) = scalars(run_folder / "hub" / "logs", f"losses/{name}")
         assert step == 512
         assert np.isfinite(value)
@@ -471,7 +461,7 @@ def test_an_interrupted_run_resumes_into_the_steps_and_curves_of_an_undisturbed_
     (run_folder,) = Path("runs").iterdir()
     assert f"--resume {run_folder}" in capsys.readouterr().err
     assert ppo.load_checkpoint(run_folder)["global_step"] == 256
-    assert not (run_folder / "hub").exists()
+    assert [path.name for path in (run_folder / "hub").iterdir()] == ["logs"]  # no package yet
 
     time.sleep(1)  # TensorBoard reads the events files in the order of the seconds in their names
     ppo.main(["--resume", str(run_folder)])

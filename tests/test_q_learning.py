@@ -13,7 +13,6 @@ import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import q_learning
@@ -162,12 +161,6 @@ def test_the_package_is_the_course_s(flags, name, course, tuned, capsys):
     assert (results["env_name"], run_folder.name.split("__")[0]) == (name, results["env_id"])
     assert ("no tuned settings" in capsys.readouterr().out) == (not tuned)
     assert imageio.get_reader(hub / "replay.mp4").get_meta_data()["fps"] == 2
-    assert (hub / "q-table.png").is_file() == (name != "Taxi-v3")
-    if "Taxi" not in name:
-        image = np.asarray(Image.open(hub / "q-table.png")).astype(int)
-        assert image.shape[0] * image.shape[1] == 112 * 112 * len(model["qtable"])
-        gaps = [x + offset for x in range(112, image.shape[1], 112) for offset in range(-2, 3)]
-        assert image[:, gaps, 0].max() <= 90  # the numbers, which are white, stay in their cells
     ((step, length),) = curve(run_folder, "episodic_length")
     assert (step, length) == (results["global_step"], pytest.approx(step / 200))
 

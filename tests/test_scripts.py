@@ -63,11 +63,10 @@ def test_the_header_lists_what_the_script_imports_in_the_ranges_of_requirements_
         else:
             assert one.specifier == known[name].specifier
 
-    packages = {"PIL": "pillow", "cv2": "opencv-python-headless", "huggingface_hub": "huggingface_hub"}
+    packages = {"cv2": "opencv-python-headless", "huggingface_hub": "huggingface_hub"}
     imported = {packages.get(name, name.replace("_", "-")) for name in imports(path) - sys.stdlib_module_names}
     # imageio-ffmpeg is imageio's backend for MP4: imported by it, not by us; torch brings the TensorBoard writer.
-    # pygame: gymnasium's play and HumanRendering want it, and its extras bring it.
-    assert imported - {"wandb", "IPython", "pygame"} == listed.keys() - {"imageio-ffmpeg", "tensorboard"}
+    assert imported - {"wandb", "IPython"} == listed.keys() - {"imageio-ffmpeg", "tensorboard"}
 
 
 # What Colab ships, by pip-freeze.txt of https://github.com/googlecolab/backend-info (19 August 2026, Python 3.13).
@@ -80,7 +79,6 @@ COLAB = {
     "safetensors": "0.8.0",
     "imageio": "2.37.4",
     "imageio-ffmpeg": "0.6.0",
-    "pillow": "11.3.0",
     "opencv-python-headless": "5.0.0.93",
     "tqdm": "4.67.3",
     "wasabi": "1.1.3",
