@@ -1,31 +1,170 @@
-"""Fixtures: a fake Hub, and the scripts as real processes that talk to it."""
+"""For all tests: running a script and reading what it leaves, a Hub, and scripts as real processes that talk to it."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import NamedTuple
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from hub_server import TOKEN, Hub
+from safetensors.numpy import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ["OMP_NUM_THREADS"] = "1"  # two tests run at a time; no test file has imported torch yet
+
+
+class Script(NamedTuple):
+    flags: str
+    total: str  # the flag that says how much to train, and what it gets:
+    short: int  # for about a second; where steps or episodes go in batches, not all of them are taken
+    longer: int  # for several seconds, to interrupt
+    more: int  # for --resume of the short run: twice what it took
+    tags: set  # of the card, besides the environment and those of all
+    model: str = "model.safetensors"
+
+
+PPO = {"ppo", "deep-reinforcement-learning", "deep-rl-course"}
+CARTPOLE = "--n-eval-episodes 10 --env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
+MARIO = "--n-eval-episodes 1 --env-id SuperMarioBros-1-3-v0 --num-envs 2 --num-steps 16 --num-minibatches 2"
+EPISODES = "--n-training-episodes"
+SCRIPTS = {
+    "ppo.py": Script(f"{CARTPOLE} --no-deterministic-eval", "--total-timesteps", 1100, 12800, 2048, PPO),
+    "q_learning.py": Script(
+        "--n-eval-episodes 10 --is-slippery", EPISODES, 500, 7000, 1000, {"q-learning"}, "q-learning.pkl"
+    ),
+    "reinforce.py": Script("--n-eval-episodes 10 --num-envs 4", EPISODES, 42, 400, 80, {"reinforce", "deep-rl-class"}),
+    "ppo_mario.py": Script(f"{MARIO} --deterministic-eval", "--total-timesteps", 70, 320, 128, PPO),
+}
+
+
+def flags_of(script, length="short"):
+    """The flags of a run of this length, as a list: the number comes last."""
+    about = SCRIPTS[script]
+    return [*about.flags.split(), about.total, str(getattr(about, length))]
+
+
+class Counting(gym.Env):
+    """An environment whose observations tell where they come from: (episode, step), one array for all of an episode.
+
+    An episode is of this length, and ends by termination or by a time limit. The reward is the number of the step.
+    """
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, length, cut_off=False, first_episode=0):
+        self.length, self.cut_off, self.seeds = length, cut_off, []
+        self.state = np.array([first_episode - 1, 0], dtype=np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.seeds.append(seed)
+        self.state = np.array([self.state[0] + 1, 0], dtype=np.float32)
+        return self.state, {}
+
+    def step(self, action):
+        self.state[1] += 1
+        ends = bool(self.state[1] == self.length)
+        return self.state, float(self.state[1]), ends and not self.cut_off, ends and self.cut_off, {}
+
+
+class Runs:
+    """A pickle of this calls a function when it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def resets(monkeypatch):
+    """(environment, seed) of each reset to a seed, of the environments of gymnasium.make."""
+    noted, reset = [], gym.wrappers.TimeLimit.reset
+
+    def note_and_reset(self, *, seed=None, options=None):
+        noted.extend([] if seed is None else [(self, seed)])
+        return reset(self, seed=seed, options=options)
+
+    monkeypatch.setattr(gym.wrappers.TimeLimit, "reset", note_and_reset)
+    return noted
+
+
+def run(script, flags):
+    """Run the main of a script, a module, with these flags: the folder of the run."""
+    before = {*Path("runs").glob("*")}
+    script.main(flags.split())
+    (run_folder,) = {*Path("runs").glob("*")} - before
+    return run_folder
+
+
+def refused(script, flags, capfd):
+    """The line with which main exits, which is all that it says; it has written nothing."""
+    before = [*Path().rglob("*")]
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags.split())
+    out, err = capfd.readouterr()
+    assert (stop.value.code in (1, 2), out, err[:7], err.count("\n")) == (True, "", "error: ", 1)
+    assert [*Path().rglob("*")] == before
+    return err
+
+
+def read(run_folder, name):
+    """A file of a package: a dict of JSON, or a text."""
+    text = (run_folder / "hub" / name).read_text()
+    return json.loads(text) if name.endswith(".json") else text
+
+
+def weights(run_folder):
+    """The packaged weights by their names."""
+    return load_file(run_folder / "hub" / "model.safetensors")
+
+
+def curves_of(run_folder):
+    """{tag: [(step, value), ...]}, from the one place where a run has its events."""
+    folders = {path.parent for path in run_folder.rglob("events.out.tfevents*")}
+    assert folders == {run_folder / "hub" / "logs"}  # in two places, TensorBoard would show the run twice
+    events = EventAccumulator(str(*folders), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def files_of(folder):
+    """All files below a folder as {relative path: bytes}."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def wait_until(condition, seconds=120):
+    """Wait until a function says that it is so, and return its answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.01)
+    return answer
+
 
 # A short run spends most of its time on importing torch and on tidying up when Python ends. So the tests that run a
 # script many times import it once, in a process that forks for each run. The fork is a process like any other, with its
 # own arguments, environment, folder, streams and exit code; only the tidying up is left out.
 WARM = """
 import atexit, importlib, json, os, sys, traceback
+import torch._dynamo  # which each fork would have to load at its first optimizer, and at its first weights:
 
+torch.linalg.qr(torch.eye(64))
 module = importlib.import_module(sys.argv[1])
-if "torch" in sys.modules:  # what each fork would have to load at its first optimizer and its first weights
-    import torch._dynamo
-
-    torch.set_num_threads(1)
-    torch.linalg.qr(torch.eye(64))
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()
@@ -53,13 +192,6 @@ for line in sys.stdin:
     print(pid, flush=True)
     print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
-
-
-def pytest_collection_modifyitems(items):
-    """With --dist loadgroup, one of the two processes has all Hub tests of a script, and trains it once for them."""
-    for item in items:
-        if item.path.name == "test_hub.py":
-            item.add_marker(pytest.mark.xdist_group(re.search(r"\w+\.py(?=[-\]])", item.name)[0]))
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +224,6 @@ class Shell:
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",  # two tests run at a time
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT / "tests" / "fast_retries"),
         }

@@ -5,24 +5,8 @@ import time
 from typing import NamedTuple
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS, flags_of, wait_until
 from jupyter_client.manager import start_new_kernel
-
-
-class Script(NamedTuple):
-    small: str  # flags of a run of about a second
-    long: str  # of one that is still going on when it is interrupted
-
-
-LANDER = "--env-id LunarLander-v2 --num-envs 8 --num-minibatches 8 --n-eval-episodes 1 --total-timesteps"
-MARIO = "--env-id SuperMarioBros-1-3-v0 --num-envs 2 --num-steps 16 --num-minibatches 2 --n-eval-episodes 1"
-COPTER = "--env-id Pixelcopter-PLE-v0 --n-eval-episodes 2 --n-training-episodes"
-SCRIPTS = {
-    "ppo.py": Script(f"{LANDER} 4096", f"{LANDER} 10000000"),
-    "q_learning.py": Script("--n-training-episodes 500 --n-eval-episodes 2", "--n-training-episodes 10000000"),
-    "reinforce.py": Script(f"{COPTER} 16", f"{COPTER} 10000000"),
-    "ppo_mario.py": Script(f"{MARIO} --total-timesteps 32", f"{MARIO} --total-timesteps 10000000"),
-}
 
 
 class Answer(NamedTuple):
@@ -78,13 +62,6 @@ def kernel(tmp_path, shell):
     kernel.close()
 
 
-def small_cell(script):
-    """The script's text, its last line with flags for a run of a second: without them it would take minutes."""
-    text, small = (ROOT / script).read_text(), SCRIPTS[script].small.split()
-    assert text.endswith("    agent = main()\n")
-    return text.removesuffix("main()\n") + f"main({small})\n"
-
-
 def check_run(answer):
     """A run in a cell went well, and what it shows can be read."""
     assert answer.traceback is None, answer.traceback
@@ -116,28 +93,27 @@ def test_the_kernel_s_own_arguments_are_not_the_script_s(kernel):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_pasted_script_runs_again_and_goes_on_after_an_interrupt(script, kernel):
-    for _ in range(2):
-        check_run(kernel.run(small_cell(script)))
+    small, total = flags_of(script), SCRIPTS[script].total
+    text = (ROOT / script).read_text()
+    assert text.endswith("    agent = main()\n")
+    cell = text.removesuffix("main()\n") + f"main({small})\n"  # without the flags it would take minutes
+    for code in (cell, cell, f"agent = main({small})"):
+        check_run(kernel.run(code))
     finished = kernel.run_folders()
-    assert len(finished) == 2
-    assert (kernel.cwd / finished[0] / "hub" / script).read_text() == small_cell(script)
-    check_run(kernel.run(f"agent = main({SCRIPTS[script].small.split()})"))
-    finished = kernel.run_folders()
+    assert len(finished) == 3
+    assert (kernel.cwd / finished[0] / "hub" / script).read_text() == cell
 
     played = kernel.run(f"agent, env = load_agent({str(finished[0])!r})\nevaluate_agent(env, make_policy(agent), [7])")
     assert re.fullmatch(r"\(-?[\d.]+, 0\.0\)", played.shown[-1]["text/plain"]), played.traceback
     again = kernel.run(f"env.close()\nscore = main(['--evaluate', {str(finished[0])!r}])")
     assert again.traceback is None and "mean_reward" in again.stdout
     check_error(kernel.run("main(['--env-id', 'Nowhere-v0'])"))
-    check_error(kernel.run(f"main({[*SCRIPTS[script].small.split(), '--repo-id', 'user/name']})"))  # no token
+    check_error(kernel.run(f"main({[*small, '--repo-id', 'user/name']})"))  # no token
 
     finished = kernel.run_folders()
-    kernel.start(f"main({SCRIPTS[script].long.split()})")
-    while not (run_folder := set(kernel.run_folders()) - {*finished}):
-        time.sleep(0.05)
-    (run_folder,) = run_folder
-    while not (kernel.cwd / run_folder / "checkpoint.pt").exists():
-        time.sleep(0.05)
+    kernel.start(f"main({[*small[:-1], '10000000']})")
+    (run_folder,) = wait_until(lambda: set(kernel.run_folders()) - {*finished})
+    wait_until(lambda: (kernel.cwd / run_folder / "checkpoint.pt").exists())
     time.sleep(1)
     kernel.manager.interrupt_kernel()
     line = check_error(kernel.answer())
@@ -145,5 +121,4 @@ def test_a_pasted_script_runs_again_and_goes_on_after_an_interrupt(script, kerne
 
     done = "state.get('episode', state.get('episodes', state['global_step']))"
     done = kernel.run(f"state = load_checkpoint({str(run_folder)!r})\n{done}").shown[-1]["text/plain"]
-    (flag,) = re.findall(r"--n-training-episodes|--total-timesteps", SCRIPTS[script].long)
-    check_run(kernel.run(f"agent = main(['--resume', '{run_folder}', '{flag}', '{int(done) + 512}'])"))
+    check_run(kernel.run(f"agent = main(['--resume', '{run_folder}', '{total}', '{int(done) + 512}'])"))
