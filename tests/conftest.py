@@ -209,6 +209,12 @@ def hub(hub_server):
     hub_server.heal()
 
 
+def succeeded(result):
+    """The result of a process that went well."""
+    assert result.returncode == 0, result.stderr
+    return result
+
+
 class Shell:
     """Runs scripts against the Hub. Each call takes the folder to run in, and environment variables to change."""
 
@@ -232,13 +238,13 @@ class Shell:
         """The environment with changes; None removes a variable."""
         return {name: value for name, value in {**self.env, **changes}.items() if value is not None}
 
-    def run(self, command, cwd, **env):
+    def run(self, command, cwd=".", **env):
         """A real process from its start to its end: a CompletedProcess. command: a list, or a line for bash."""
         command = ["bash", "-ec", command] if isinstance(command, str) else [*map(str, command)]
         env = self.environment(env)
         return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
-    def start(self, script, *args, cwd, code="module.main()", **env):
+    def start(self, script, *args, cwd=".", code="module.main()", **env):
         """A script with these arguments, forked from a warm process and still running: its pid.
 
         code: what to run in the place of its main; there the script's module is called `module`.
@@ -251,7 +257,7 @@ class Shell:
         files = {name: str(self.home / name) for name in ("out", "err")}
         for path in files.values():
             Path(path).write_text("")
-        job = {"argv": [str(ROOT / script), *map(str, args)], "code": code, "cwd": str(cwd), **files}
+        job = {"argv": [str(ROOT / script), *map(str, args)], "code": code, "cwd": os.path.abspath(cwd), **files}
         print(json.dumps(job | {"env": self.environment(env)}), file=self.warm[script].stdin, flush=True)
         return next(int(line) for line in self.warm[script].stdout if " " not in line)  # not the end of one before
 

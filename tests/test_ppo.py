@@ -167,8 +167,12 @@ def test_the_flags_of_the_algorithm_reach_the_training(monkeypatch):
     calls, update, standardise = [], ppo.update, ppo.standardise
     monkeypatch.setattr(ppo, "update", lambda *args: calls.append("update") or update(*args))
     monkeypatch.setattr(ppo, "standardise", lambda *args: calls.append("standardise") or standardise(*args))
-    run(ppo, f"{ONE_UPDATE} --num-minibatches 4 --update-epochs 3")
+    run_folder = run(ppo, f"{ONE_UPDATE} --num-minibatches 4 --update-epochs 3")
     assert calls == ["standardise", *["update"] * 4] * 3
+    evaluate = ["--evaluate", str(run_folder), "--n-eval-episodes", "20"]
+    greedy, sampled = (ppo.main([*evaluate, switch]) for switch in ("--deterministic-eval", "--no-deterministic-eval"))
+    assert greedy != sampled
+
     calls.clear()
     flags = "--no-norm-adv --no-anneal-lr --learning-rate 0.1 --target-kl 0.001"
     run_folder = run(ppo, f"{ONE_UPDATE} --total-timesteps 1024 --num-minibatches 4 {flags}")

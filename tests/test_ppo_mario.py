@@ -314,10 +314,10 @@ ENDS = {  # of a run of process pid, and the exit code; a terminal's Ctrl-C reac
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in Linux's /proc")
 @pytest.mark.parametrize(("end", "code"), ENDS.values(), ids=ENDS)
-def test_however_a_run_ends_it_leaves_no_process_one_line_and_can_go_on(end, code, tmp_path):
+def test_however_a_run_ends_it_leaves_no_process_one_line_and_can_go_on(end, code):
     command = [sys.executable, ROOT / "ppo_mario.py", *SMALL.split(), "--total-timesteps", "1000000"]
     with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as process:
-        wait_until(lambda: process.poll() is not None or [*tmp_path.glob("runs/*/checkpoint.pt")])
+        wait_until(lambda: process.poll() is not None or [*Path().glob("runs/*/checkpoint.pt")])
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(workers) == 2
         end(process.pid, [int(worker) for worker in workers])
