@@ -3,6 +3,7 @@
     python ppo.py                                                   # CartPole-v1, solved in seconds
     python ppo.py --env-id LunarLander-v2 --repo-id user/ppo        # train, score, film, push to the Hugging Face Hub
     python ppo.py --evaluate user/ppo                               # load it back, score it, film it
+    torchrun --nproc-per-node 2 ppo.py --num-envs 64                # 32 environments in each of two processes
     tensorboard --logdir runs
 
 The algorithm repeats three steps until --total-timesteps:
@@ -37,6 +38,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +47,7 @@ import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 from huggingface_hub import EvalResult, HfApi, ModelCardData, PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
@@ -59,6 +62,10 @@ CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "cu
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 NEW_ON_RESUME = {"resume", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
+# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
+# the same weights and take the same steps, along the mean of their gradients. Only process 0 writes.
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, WORLD_SIZE = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -92,7 +99,7 @@ def parse_args(argv=None):
     flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
     flag("--total-timesteps", type=int, default=50_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=2.5e-4, help="step size of Adam")
-    flag("--num-envs", type=int, default=4, help="environments stepped side by side")
+    flag("--num-envs", type=int, default=4, help="environments stepped side by side, in all processes together")
     flag("--num-steps", type=int, default=128, help="steps per environment and rollout")
     flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
     flag("--reward-scale", type=float, default=1.0, help="learn from rewards times this; scores stay the game's own")
@@ -130,8 +137,11 @@ def parse_args(argv=None):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        fail(f"--num-minibatches must cut num_envs * num_steps = {batch_size} into equal parts of 2 or more")
+    if args.num_envs % WORLD_SIZE or (args.evaluate and WORLD_SIZE > 1):
+        fail(f"torchrun is for training, and its {WORLD_SIZE} processes must divide --num-envs {args.num_envs}")
+    if batch_size // WORLD_SIZE % args.num_minibatches or batch_size == args.num_minibatches:
+        share = "num_envs * num_steps" + f" / {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+        fail(f"--num-minibatches must cut {share} = {batch_size // WORLD_SIZE} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -298,12 +308,45 @@ def value_loss(values, old_values, returns, clip_coef=None):
 
 
 def standardise(advantages):
-    """Each row of (M, B), a minibatch's advantages, to mean 0 and standard deviation 1."""
-    centred = advantages - advantages.mean(dim=1, keepdim=True)
-    return centred / (advantages.std(dim=1, keepdim=True) + 1e-8)
+    """To mean 0 and standard deviation 1 for each of M minibatches; (M, B, W), that is B of each of W processes."""
+    centred = advantages - advantages.mean(dim=(1, 2), keepdim=True)
+    return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
+
+
+def meet(args):
+    """Wait for torchrun's other processes; from then on, a stop lets process 0 say how to go on."""
+    if WORLD_SIZE > 1:
+        on_gpus = args.cuda and torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(torchrun["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        for number in (signal.SIGINT, signal.SIGTERM) if RANK == 0 else ():
+            signal.signal(number, signal.default_int_handler)
+
+
+def exchange(collective, *args):
+    """Call a function of torch.distributed, unless this process is alone."""
+    try:
+        if WORLD_SIZE > 1:
+            collective(*args)
+    except RuntimeError as error:
+        raise OSError(f"torchrun's processes have lost one another ({error!s:.200})") from error
+
+
+def average(tensor):
+    """The mean over all processes, in place."""
+    exchange(dist.all_reduce, tensor)
+    return tensor.div_(WORLD_SIZE) if WORLD_SIZE > 1 else tensor
+
+
+def gather(items):
+    """The items of all processes in one list."""
+    lists = [items] * WORLD_SIZE
+    exchange(dist.all_gather_object, lists, items)
+    return [item for items in lists for item in items]
 
 
 def update(agent, parameters, optimizer, minibatch, args):
@@ -321,6 +364,7 @@ def update(agent, parameters, optimizer, minibatch, args):
 
     parameters.grad.zero_()
     loss.backward()
+    average(parameters.grad)
     parameters.grad[None].renorm_(2, 0, args.max_grad_norm)  # clip_grad_norm_, in one kernel
     optimizer.step()
     losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}
@@ -336,12 +380,14 @@ def train(args, run_folder):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
-    rng = np.random.default_rng(args.seed)  # everything random after that: actions and minibatches
+    rng = np.random.default_rng(args.seed)  # everything random after that, in all processes alike: actions, minibatches
+    num_envs = args.num_envs // WORLD_SIZE
+    mine = slice(RANK * num_envs, (RANK + 1) * num_envs)  # this process's environments
 
     # SAME_STEP: where an episode ends, the environment returns the next one's first observation in the same step, and
     # the old one's last observation in infos. So every transition in the batch lies inside one episode.
     how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
-    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * args.num_envs, **how)
+    envs = gym.vector.SyncVectorEnv([lambda: make_env(args.env_id)] * num_envs, **how)
     n_observations, n_actions = envs.single_observation_space.shape[0], int(envs.single_action_space.n)
     agent = Agent(n_observations, n_actions).to(device)
     parameters = flatten_parameters(agent)
@@ -352,7 +398,7 @@ def train(args, run_folder):
     global_step = 0
     env_seeds = [args.seed + i for i in range(args.num_envs)]
     if args.resume:
-        checkpoint = load_checkpoint(run_folder)
+        checkpoint = load_checkpoint(args.resume)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
@@ -361,24 +407,26 @@ def train(args, run_folder):
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
 
     # The rollout: T = num_steps rows, N = num_envs columns. Observations have row T too, after the last action.
-    shape = (args.num_steps, args.num_envs)
-    observations = np.zeros((args.num_steps + 1, args.num_envs, n_observations), dtype=np.float32)
-    observations[-1], _ = envs.reset(seed=env_seeds)
+    shape = (args.num_steps, num_envs)
+    observations = np.zeros((args.num_steps + 1, num_envs, n_observations), dtype=np.float32)
+    observations[-1], _ = envs.reset(seed=env_seeds[mine])
     actions, rewards, dones = (np.zeros(shape, dtype=kind) for kind in (np.int64, np.float32, np.float32))
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
+    episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
+    purge_step = global_step + 1 if args.resume else None  # points after the checkpoint will come again
     with (
-        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
-        progress_bar(num_iterations * batch_size, global_step, "step") as bar,
+        nullcontext() if RANK else SummaryWriter(run_folder / "hub" / "logs", purge_step=purge_step) as writer,
+        nullcontext() if RANK else progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
-        writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
+        if RANK == 0:
+            writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for iteration in range(global_step // batch_size, num_iterations):
             learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             layers = numpy_layers(agent.actor)
-            noise = rng.gumbel(size=(*shape, n_actions))
+            noise = rng.gumbel(size=(args.num_steps, args.num_envs, n_actions))[:, mine]
             observations[0] = observations[-1]
             finished = []  # (return, length) of each episode that ended
             cut_off = []  # (t, i, last observation) of each episode that ended by a time limit
@@ -403,11 +451,11 @@ def train(args, run_folder):
             #    rollout come from one pass over it, while the policy is still the one that acted.
             visited = [observations.reshape(-1, n_observations), *(last[None] for _, _, last in cut_off)]
             visited = torch.from_numpy(np.concatenate(visited).astype(np.float32, copy=False)).to(device)
-            old_observations, old_actions = visited[:batch_size], torch.from_numpy(actions.reshape(-1)).to(device)
+            old_observations, old_actions = visited[: actions.size], torch.from_numpy(actions.reshape(-1)).to(device)
             with torch.no_grad():
                 values = agent.critic(visited).squeeze(-1).cpu().numpy()
                 old_log_probs, _ = evaluate_actions(agent.actor, old_observations, old_actions)
-            values, last_value, cut_off_values = np.split(values, [batch_size, batch_size + args.num_envs])
+            values, last_value, cut_off_values = np.split(values, [actions.size, actions.size + num_envs])
             values = values.reshape(rewards.shape)
             # A time limit is not a failure: the episode would have gone on to earn the value of its last observation.
             for (t, i, _), value in zip(cut_off, cut_off_values):
@@ -416,25 +464,33 @@ def train(args, run_folder):
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows.
             batch = [old_observations, old_actions, old_log_probs]
-            batch += [torch.from_numpy(array.reshape(-1)).to(device) for array in (values, returns, advantages)]
-            orders = np.stack([rng.permutation(batch_size) for _ in range(args.update_epochs)])
+            advantages = np.stack(gather([advantages.reshape(-1)]), axis=1)  # a column for each process
+            batch += [torch.from_numpy(a).to(device) for a in (values.reshape(-1), returns.reshape(-1), advantages)]
+            orders = np.stack([rng.permutation(actions.size) for _ in range(args.update_epochs)])
             for order in torch.from_numpy(orders).to(device):
                 minibatches = [column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch]
                 if args.norm_adv:
                     minibatches[-1] = standardise(minibatches[-1])
+                minibatches[-1] = minibatches[-1][..., RANK]
                 for minibatch in zip(*minibatches):
                     log_probs, losses = update(agent, parameters, optimizer, minibatch, args)
                 log_ratio = log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
                 losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
-                if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
+                if args.target_kl is not None and average(losses["approx_kl"]) > args.target_kl:
                     break
 
             # 4. Statistics, of the last minibatch and read once per iteration: so far nothing but --target-kl has made
             #    the host wait for the device.
-            losses["explained_variance"] = 1 - np.var(returns - values) / max(np.var(returns), 1e-8)
-            for name, value in losses.items():
-                writer.add_scalar(f"losses/{name}", float(value), global_step)
+            finished = gather(finished)
+            means = average(torch.tensor([float(value) for value in losses.values()])).tolist()
+            all_returns, all_values = np.concatenate(gather([(returns, values)]), axis=-1)
+            if RANK > 0:
+                continue
+            for name, value in zip(losses, means):
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            explained_variance = 1 - np.var(all_returns - all_values) / max(np.var(all_returns), 1e-8)
+            writer.add_scalar("losses/explained_variance", explained_variance, global_step)
             writer.add_scalar("charts/learning_rate", learning_rate, global_step)
             if finished:  # the means over the episodes that ended in this iteration
                 mean_return, mean_length = np.mean(finished, axis=0)
@@ -453,6 +509,8 @@ def train(args, run_folder):
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
     return agent, global_step
 
 
@@ -656,6 +714,8 @@ def load_agent(source, env_id=None, render_mode=None):
 
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
+    if RANK > 0:
+        time.sleep(5)  # in most cases process 0 says the same, and torchrun ends this one
     line = "error: " + " ".join(str(message).split())
     print(line, file=sys.stderr)
     if in_notebook():  # there is no exit code, and SystemExit would show three lines more
@@ -675,8 +735,13 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     run_folder = None
     try:
+        if RANK > 0:
+            sys.stdout = io.StringIO()  # process 0 speaks for all
         if not in_notebook():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+            if WORLD_SIZE > 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, see `meet`
+            else:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
             # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
             threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
@@ -694,14 +759,17 @@ def main(argv=None):
             return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         env = make_env(args.env_id, "rgb_array")  # what is wrong with it is said now
-        if args.repo_id:  # and the right to write there is checked now, too
+        if args.repo_id and RANK == 0:  # and the right to write there is checked now, too
             HfApi().whoami()
             args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
             HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
         if args.env_id not in TUNED:
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
-        run_folder = start_run(args)
+        run_folder = start_run(args) if RANK == 0 else None
+        meet(args)
         agent, global_step = train(args, run_folder)
+        if RANK > 0:
+            return agent
         policy = make_policy(agent, args.deterministic_eval, args.seed)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         results = score_and_film(env, policy, seeds, partial)
@@ -712,6 +780,8 @@ def main(argv=None):
         package_to_hub(run_folder, args, results)
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
+        if WORLD_SIZE > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if RANK == 0 else signal.SIG_DFL)  # torchrun's, while we leave
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""

@@ -3,6 +3,7 @@
     python ppo_mario.py                                                     # learns to finish stage 1-1
     python ppo_mario.py --env-id SuperMarioBros-1-2-v0 --repo-id user/mario # another stage, pushed to the Hub
     python ppo_mario.py --evaluate user/mario                               # load it back, score it, film it
+    torchrun --nproc-per-node 8 ppo_mario.py --num-envs 64                  # 8 environments in each of eight processes
     tensorboard --logdir runs
 
 The algorithm is that of ppo.py: roll out the current policy, estimate advantages (GAE), take minibatch steps on the
@@ -57,6 +58,7 @@ import imageio.v2 as imageio
 import numpy as np
 import stable_retro
 import torch
+import torch.distributed as dist
 from huggingface_hub import EvalResult, HfApi, ModelCardData, PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
@@ -72,6 +74,10 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration 
 FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 NEW_ON_RESUME = {"resume", "rom", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
+# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
+# the same weights and take the same steps, along the mean of their gradients. Only process 0 writes.
+torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
+RANK, WORLD_SIZE = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def parse_args(argv=None):
     flag("--stuck-steps", type=int, default=150, help="training truncates an episode so long without progress")
     flag("--total-timesteps", type=int, default=1_000_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
-    flag("--num-envs", type=int, default=8, help="environments side by side, each in its process")
+    flag("--num-envs", type=int, default=8, help="environments side by side, each in its process, in all")
     flag("--num-steps", type=int, default=256, help="steps per environment and rollout")
     flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
     flag("--gamma", type=float, default=0.95, help="discount factor")
@@ -138,8 +144,11 @@ def parse_args(argv=None):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
-    if batch_size % args.num_minibatches or batch_size == args.num_minibatches:
-        fail(f"--num-minibatches must cut num_envs * num_steps = {batch_size} into equal parts of 2 or more")
+    if args.num_envs % WORLD_SIZE or (args.evaluate and WORLD_SIZE > 1):
+        fail(f"torchrun is for training, and its {WORLD_SIZE} processes must divide --num-envs {args.num_envs}")
+    if batch_size // WORLD_SIZE % args.num_minibatches or batch_size == args.num_minibatches:
+        share = "num_envs * num_steps" + f" / {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
+        fail(f"--num-minibatches must cut {share} = {batch_size // WORLD_SIZE} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -473,7 +482,8 @@ def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps
 def make_worker_env(*args):
     """`make_env` in a worker process, where Ctrl-C and SIGTERM are the main process's to answer."""
     if multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes at once
+        # A terminal sends Ctrl-C to all processes at once. Of torchrun's, those other than process 0 do not handle it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if RANK else signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has inherited our handlers
     return make_env(*args)
 
@@ -589,12 +599,45 @@ def value_loss(values, old_values, returns, clip_coef=None):
 
 
 def standardise(advantages):
-    """Each row of (M, B), a minibatch's advantages, to mean 0 and standard deviation 1."""
-    centred = advantages - advantages.mean(dim=1, keepdim=True)
-    return centred / (advantages.std(dim=1, keepdim=True) + 1e-8)
+    """To mean 0 and standard deviation 1 for each of M minibatches; (M, B, W), that is B of each of W processes."""
+    centred = advantages - advantages.mean(dim=(1, 2), keepdim=True)
+    return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
+
+
+def meet(args):
+    """Wait for torchrun's other processes; from then on, a stop lets process 0 say how to go on."""
+    if WORLD_SIZE > 1:
+        on_gpus = args.cuda and torch.cuda.is_available()
+        if on_gpus:
+            torch.cuda.set_device(int(torchrun["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        for number in (signal.SIGINT, signal.SIGTERM) if RANK == 0 else ():
+            signal.signal(number, signal.default_int_handler)
+
+
+def exchange(collective, *args):
+    """Call a function of torch.distributed, unless this process is alone."""
+    try:
+        if WORLD_SIZE > 1:
+            collective(*args)
+    except RuntimeError as error:
+        raise OSError(f"torchrun's processes have lost one another ({error!s:.200})") from error
+
+
+def average(tensor):
+    """The mean over all processes, in place."""
+    exchange(dist.all_reduce, tensor)
+    return tensor.div_(WORLD_SIZE) if WORLD_SIZE > 1 else tensor
+
+
+def gather(items):
+    """The items of all processes in one list."""
+    lists = [items] * WORLD_SIZE
+    exchange(dist.all_gather_object, lists, items)
+    return [item for items in lists for item in items]
 
 
 def update(agent, optimizer, minibatch, args):
@@ -614,6 +657,11 @@ def update(agent, optimizer, minibatch, args):
 
     optimizer.zero_grad()
     loss.backward()
+    if WORLD_SIZE > 1:
+        grads = [parameter.grad for parameter in agent.parameters()]
+        mean = average(torch.cat([grad.flatten() for grad in grads]))
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}
@@ -630,7 +678,9 @@ def train(args, run_folder):
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
-    rng = np.random.default_rng(args.seed)  # everything random after that: actions and minibatches
+    rng = np.random.default_rng(args.seed)  # everything random after that, in all processes alike: actions, minibatches
+    num_envs = args.num_envs // WORLD_SIZE
+    mine = slice(RANK * num_envs, (RANK + 1) * num_envs)  # this process's environments
 
     # One emulator fits in one process, so each environment has its own. They are two halves that take turns: while the
     # network decides for one, the workers play the other. SAME_STEP: where an episode ends, the environment returns the
@@ -638,8 +688,8 @@ def train(args, run_folder):
     # the batch lies inside one episode.
     make = functools.partial(make_worker_env, args.env_id, args.action_set, args.rom, None, args.stuck_steps)
     how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
-    half = (args.num_envs + 1) // 2
-    columns = [slice(0, half), slice(half, args.num_envs)][: args.num_envs]
+    half = (num_envs + 1) // 2
+    columns = [slice(0, half), slice(half, num_envs)][:num_envs]
     halves = [gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how) for column in columns]
     n_actions = int(halves[0].single_action_space.n)
     agent = Agent(n_actions, args.shared_network).to(device)
@@ -652,7 +702,7 @@ def train(args, run_folder):
     # Learning from pixels goes up and down: the package gets the best agent of the second half, not the last.
     finalists = []  # (mean of the recent returns, step, weights) of the best so far
     if args.resume:
-        checkpoint = load_checkpoint(run_folder)
+        checkpoint = load_checkpoint(args.resume)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
@@ -661,26 +711,28 @@ def train(args, run_folder):
         msg.info(f"Resumed after {global_step:,} steps, {args.total_timesteps - global_step:,} to go")
 
     # The rollout: T = num_steps rows, N = num_envs columns. Observations have row T too, after the last action.
-    shape = (args.num_steps, args.num_envs)
-    observations = np.zeros((args.num_steps + 1, args.num_envs, STACK, SIDE, SIDE), dtype=np.uint8)
+    shape = (args.num_steps, num_envs)
+    observations = np.zeros((args.num_steps + 1, num_envs, STACK, SIDE, SIDE), dtype=np.uint8)
     actions = np.zeros(shape, dtype=np.int64)
     log_probs, values, rewards, dones = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
+    episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
+    purge_step, no_one = global_step + 1 if args.resume else None, contextlib.nullcontext()
     with (
         ending_workers(halves),
-        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
-        progress_bar(num_iterations * batch_size, global_step, "step") as bar,
+        no_one if RANK else SummaryWriter(run_folder / "hub" / "logs", purge_step=purge_step) as writer,
+        no_one if RANK else progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
-        writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
+        if RANK == 0:
+            writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for envs, column in zip(halves, columns):
-            observations[-1, column], _ = envs.reset(seed=args.seed + column.start)
+            observations[-1, column], _ = envs.reset(seed=args.seed + mine.start + column.start)
         for iteration in range(global_step // batch_size, num_iterations):
             learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
-            noise = rng.gumbel(size=(*shape, n_actions))
+            noise = rng.gumbel(size=(args.num_steps, args.num_envs, n_actions))[:, mine]
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that ended
             cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
@@ -714,27 +766,36 @@ def train(args, run_folder):
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.
             torch.set_num_threads(threads)
-            batch = [observations[:-1], actions, log_probs, values, returns, advantages]
-            batch = [torch.from_numpy(array.reshape(batch_size, *array.shape[2:])).to(device) for array in batch]
-            orders = np.stack([rng.permutation(batch_size) for _ in range(args.update_epochs)])
+            batch = [observations[:-1], actions, log_probs, values, returns]
+            batch = [array.reshape(-1, *array.shape[2:]) for array in batch]
+            batch.append(np.stack(gather([advantages.reshape(-1)]), axis=1))  # a column for each process
+            batch = [torch.from_numpy(array).to(device) for array in batch]
+            orders = np.stack([rng.permutation(actions.size) for _ in range(args.update_epochs)])
             for order in torch.from_numpy(orders).to(device):
                 minibatches = [column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch]
                 if args.norm_adv:
                     minibatches[-1] = standardise(minibatches[-1])
+                minibatches[-1] = minibatches[-1][..., RANK]
                 for minibatch in zip(*minibatches):
                     new_log_probs, losses = update(agent, optimizer, minibatch, args)
                 log_ratio = new_log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
                 losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
-                if args.target_kl is not None and losses["approx_kl"] > args.target_kl:
+                if args.target_kl is not None and average(losses["approx_kl"]) > args.target_kl:
                     break
             torch.set_num_threads(1)
 
             # 4. Statistics, of the last minibatch and read once per iteration: so far nothing but --target-kl has made
             #    the host wait for the device.
-            losses["explained_variance"] = 1 - np.var(returns - values) / max(np.var(returns), 1e-8)
-            for name, value in losses.items():
-                writer.add_scalar(f"losses/{name}", float(value), global_step)
+            finished = gather(finished)
+            means = average(torch.tensor([float(value) for value in losses.values()])).tolist()
+            all_returns, all_values = np.concatenate(gather([(returns, values)]), axis=-1)
+            if RANK > 0:
+                continue
+            for name, value in zip(losses, means):
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            explained_variance = 1 - np.var(all_returns - all_values) / max(np.var(all_returns), 1e-8)
+            writer.add_scalar("losses/explained_variance", explained_variance, global_step)
             writer.add_scalar("charts/learning_rate", learning_rate, global_step)
             if finished:
                 ended_returns, ended_lengths, ended_x, ended_flags = np.array(finished, dtype=float).T
@@ -763,7 +824,9 @@ def train(args, run_folder):
                 state |= dict(global_step=global_step, recent=[*recent], finalists=finalists)
                 save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
-    return best_of(finalists, agent.cpu(), args), global_step
+    if WORLD_SIZE > 1:
+        dist.destroy_process_group()
+    return best_of(finalists, agent.cpu(), args) if RANK == 0 else agent, global_step
 
 
 def best_of(finalists, agent, args):
@@ -1008,6 +1071,8 @@ def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None)
 
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
+    if RANK > 0:
+        time.sleep(5)  # in most cases process 0 says the same, and torchrun ends this one
     line = "error: " + " ".join(str(message).split())
     print(line, file=sys.stderr)
     if in_notebook():  # there is no exit code, and SystemExit would show three lines more
@@ -1027,8 +1092,13 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     run_folder = None
     try:
+        if RANK > 0:
+            sys.stdout = io.StringIO()  # process 0 speaks for all
         if not in_notebook():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+            if WORLD_SIZE > 1:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, see `meet`
+            else:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
             # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
             threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
@@ -1049,12 +1119,15 @@ def main(argv=None):
                 return score_with_flags(env, policy, seeds, folder)
 
         make_env(args.env_id, args.action_set, args.rom).close()  # what is wrong with it is said now
-        if args.repo_id:  # and the right to write there is checked now, too
+        if args.repo_id and RANK == 0:  # and the right to write there is checked now, too
             HfApi().whoami()
             args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
             HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
-        run_folder = start_run(args)
+        run_folder = start_run(args) if RANK == 0 else None
+        meet(args)
         agent, global_step = train(args, run_folder)
+        if RANK > 0:
+            return agent
         policy = make_policy(agent, args.deterministic_eval, args.seed)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
@@ -1067,6 +1140,8 @@ def main(argv=None):
         package_to_hub(run_folder, args, results)
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
+        if WORLD_SIZE > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if RANK == 0 else signal.SIG_DFL)  # torchrun's, while we leave
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""

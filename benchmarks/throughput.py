@@ -51,6 +51,17 @@ def ours(script, *flags):
         return last_scalar("charts/SPS", folder)
 
 
+def ours_torchrun(script, processes, *flags):
+    """Train with one of the scripts in so many processes, as a user would: from the command line."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with scratch_folder() as folder:
+        command = [sys.executable, *(launch if processes > 1 else []), HERE.parent / script, "--n-eval-episodes=1"]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: {script} has failed: {done.stderr}")
+        return last_scalar("charts/SPS", folder)
+
+
 def ours_ppo(env_id, steps, **settings):
     """Train with ppo.py; settings: what differs from CleanRL's defaults, given in the place of TUNED's row."""
     return ours("ppo", "--anneal-lr", "--clip-vloss", *ppo_flags(env_id, steps, **{**CLEANRL, **settings}))
@@ -359,12 +370,30 @@ def mario_section(options):
     }
 
 
+def torchrun_section(options):
+    lunar_lander, mario = ["--env-id=LunarLander-v2", "--total-timesteps=491520"], ["--total-timesteps=40960"]
+    counts = {f"{processes} process{'es' * (processes > 1)}": processes for processes in (1, 2)}
+    return {
+        "PPO on LunarLander-v2, 32 environments in all": {
+            name: partial(ours_torchrun, "ppo.py", n, *lunar_lander, "--num-envs=32") for name, n in counts.items()
+        },
+        "PPO on LunarLander-v2, 32 environments in each process": {
+            name: partial(ours_torchrun, "ppo.py", n, *lunar_lander, f"--num-envs={32 * n}")
+            for name, n in counts.items()
+        },
+        "PPO on SuperMarioBros-1-1-v0, 8 environments in all": {
+            name: partial(ours_torchrun, "ppo_mario.py", n, *mario) for name, n in counts.items()
+        },
+    }
+
+
 SECTIONS = {
     "ppo": ppo_section,
     "num_envs": num_envs_section,
     "reinforce": reinforce_section,
     "q_learning": q_learning_section,
     "mario": mario_section,
+    "torchrun": torchrun_section,
 }
 
 

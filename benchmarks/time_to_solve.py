@@ -3,6 +3,7 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/time_to_solve.py                   # both tasks, 5 seeds each
     python benchmarks/time_to_solve.py CartPole-v1 --seeds 1 2
+    python benchmarks/time_to_solve.py LunarLander-v3 --only ppo.py torchrun      # one process, and two
 
 ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters of its zoo (rl-baselines3-zoo,
 hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
@@ -17,6 +18,8 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -129,6 +132,27 @@ def ours(env_id, seed):
     return judge
 
 
+def torchrun(env_id, seed):
+    """Train with ppo.py in two processes; returns what `race` does."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
+    program = f"import time_to_solve; time_to_solve.in_one_of_two({env_id!r}, {seed})"
+    done = subprocess.run([sys.executable, *launch, "-c", program], cwd=HERE, capture_output=True, text=True)
+    return json.loads(done.stdout)
+
+
+def in_one_of_two(env_id, seed):
+    """What torchrun's processes run. The judge sits in process 0, and while he judges, the other one waits."""
+    import ppo
+
+    torch.distributed.init_process_group("gloo")
+    if ppo.RANK == 0:
+        print(json.dumps(race(ours, env_id, seed)), flush=True)
+    else:
+        with contextlib.suppress(RuntimeError):  # process 0 is gone when it is solved
+            ours(env_id, seed)
+    os._exit(0)
+
+
 def stable_baselines3(env_id, seed):
     """Train with Stable-Baselines3; returns the judge."""
     from stable_baselines3 import PPO
@@ -165,18 +189,25 @@ def race(train, env_id, seed):
     return {"seed": seed, "solved": solved, "seconds": round(judge.seconds(), 1), "scores": judge.scores}
 
 
+CONTESTANTS = {"ppo.py": ours, "torchrun": torchrun, "Stable-Baselines3": stable_baselines3}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("env_ids", nargs="*", metavar="ENV_ID", help=f"of {', '.join(BARS)}; by default both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=["ppo.py", "Stable-Baselines3"])
     options = parser.parse_args()
     if unknown := set(options.env_ids) - set(BARS):
         parser.error(f"no bar for {', '.join(sorted(unknown))}")
     for env_id in options.env_ids or BARS:
         for seed in options.seeds:
-            for name, train in (("ppo.py", ours), ("Stable-Baselines3", stable_baselines3)):
+            for name in options.only:
+                if name == "torchrun":
+                    keep(env_id, name, torchrun(env_id, seed))
+                    continue
                 with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own
-                    keep(env_id, name, pool.apply(race, (train, env_id, seed)))
+                    keep(env_id, name, pool.apply(race, (CONTESTANTS[name], env_id, seed)))
         print(f"\n{env_id}, until 100 episodes return {BARS[env_id]} on average\n")
         print("| | median | seconds, seed by seed |\n| --- | --- | --- |")
         for name, runs in load()[env_id].items():

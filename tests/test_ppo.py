@@ -46,8 +46,11 @@ def test_gae_is_the_discounted_sum_of_td_errors(gamma, gae_lambda):
 def test_standardise_gives_each_minibatch_mean_0_and_deviation_1():
     advantages = torch.tensor([[1.0, 2.0, 3.0], [10.0, 10.0, 40.0]])
     expected = [[-1, 0, 1], [-10 / 300**0.5, -10 / 300**0.5, 20 / 300**0.5]]
-    torch.testing.assert_close(ppo.standardise(advantages), torch.tensor(expected))
-    assert torch.equal(ppo.standardise(torch.full((1, 4), 7.0)), torch.zeros(1, 4))
+    torch.testing.assert_close(ppo.standardise(advantages[..., None])[..., 0], torch.tensor(expected))
+    parts = torch.stack([advantages[:, :2], advantages[:, 1:]], dim=2)  # of two processes: the row 1, 2, 2, 3
+    expected = torch.tensor([[-1, 0], [0, 1]]) * 1.5**0.5
+    torch.testing.assert_close(ppo.standardise(parts)[0], expected)
+    assert torch.equal(ppo.standardise(torch.full((1, 4, 1), 7.0)), torch.zeros(1, 4, 1))
 
 
 # --- the loss
