@@ -413,9 +413,10 @@ def train(args, run_folder):
     actions, rewards, dones = (np.zeros(shape, dtype=kind) for kind in (np.int64, np.float32, np.float32))
     episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
-    purge_step = global_step + 1 if args.resume else None  # points after the checkpoint will come again
+    # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
+    logs = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}
     with (
-        nullcontext() if RANK else SummaryWriter(run_folder / "hub" / "logs", purge_step=purge_step) as writer,
+        nullcontext() if RANK else SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
         nullcontext() if RANK else progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
         if RANK == 0:

@@ -717,10 +717,11 @@ def train(args, run_folder):
     log_probs, values, rewards, dones = (np.zeros(shape, dtype=np.float32) for _ in range(4))
     episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
-    purge_step, no_one = global_step + 1 if args.resume else None, contextlib.nullcontext()
+    # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
+    logs, no_one = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}, contextlib.nullcontext()
     with (
         ending_workers(halves),
-        no_one if RANK else SummaryWriter(run_folder / "hub" / "logs", purge_step=purge_step) as writer,
+        no_one if RANK else SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
         no_one if RANK else progress_bar(num_iterations * batch_size, global_step, "step") as bar,
     ):
         if RANK == 0:

@@ -451,8 +451,10 @@ def train(args, run_folder):
         env.reset(seed=seed)  # from here on, each draws its own episodes
 
     first_step, last_checkpoint = global_step, 0.0
+    # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
+    logs = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}
     with (
-        SummaryWriter(run_folder / "hub" / "logs", purge_step=global_step + 1 if args.resume else None) as writer,
+        SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
         progress_bar(args.n_training_episodes, episodes, "episode") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
