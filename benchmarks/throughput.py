@@ -371,7 +371,7 @@ def mario_section(options):
 
 
 def torchrun_section(options):
-    lunar_lander, mario = ["--env-id=LunarLander-v2", "--total-timesteps=491520"], ["--total-timesteps=40960"]
+    lunar_lander, mario = ["--env-id=LunarLander-v2", "--total-timesteps=245760"], ["--total-timesteps=40960"]
     counts = {f"{processes} process{'es' * (processes > 1)}": processes for processes in (1, 2)}
     return {
         "PPO on LunarLander-v2, 32 environments in all": {
