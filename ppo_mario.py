@@ -607,15 +607,13 @@ def standardise(advantages):
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def meet(args):
-    """Wait for torchrun's other processes; from then on, a stop lets process 0 say how to go on."""
-    if WORLD_SIZE > 1:
-        on_gpus = args.cuda and torch.cuda.is_available()
-        if on_gpus:
-            torch.cuda.set_device(int(torchrun["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
-        for number in (signal.SIGINT, signal.SIGTERM) if RANK == 0 else ():
-            signal.signal(number, signal.default_int_handler)
+def meet():
+    """Wait for torchrun's other processes. From then on, a stop lets process 0 say how to go on."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(torchrun["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    for number in (signal.SIGINT, signal.SIGTERM) if RANK == 0 else ():
+        signal.signal(number, signal.default_int_handler)
 
 
 def exchange(collective, *args):
@@ -1072,8 +1070,6 @@ def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None)
 
 def fail(message, code=2):
     """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
-    if RANK > 0:
-        time.sleep(5)  # in most cases process 0 says the same, and torchrun ends this one
     line = "error: " + " ".join(str(message).split())
     print(line, file=sys.stderr)
     if in_notebook():  # there is no exit code, and SystemExit would show three lines more
@@ -1093,15 +1089,16 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     run_folder = None
     try:
-        if RANK > 0:
-            sys.stdout = io.StringIO()  # process 0 speaks for all
+        if WORLD_SIZE > 1:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until they have met, and all but process 0, end at once
+        elif not in_notebook():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
         if not in_notebook():
-            if WORLD_SIZE > 1:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once, see `meet`
-            else:
-                signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
             # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
             threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+        if RANK > 0:  # process 0 speaks for all: it comes to `meet` when it has found no mistake
+            sys.stdout = io.StringIO()
+            meet()
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -1125,7 +1122,8 @@ def main(argv=None):
             args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
             HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
         run_folder = start_run(args) if RANK == 0 else None
-        meet(args)
+        if WORLD_SIZE > 1 and RANK == 0:
+            meet()
         agent, global_step = train(args, run_folder)
         if RANK > 0:
             return agent
@@ -1142,7 +1140,8 @@ def main(argv=None):
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         if WORLD_SIZE > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if RANK == 0 else signal.SIG_DFL)  # torchrun's, while we leave
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)  # torchrun's, while we leave
+            time.sleep(5 if RANK else 0)  # in most cases process 0 says the same
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1
         hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
