@@ -35,6 +35,10 @@ sys.path.insert(0, str(HERE.parent))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # everything runs on the CPU, here and in the processes to come
 
 CLEANRL = dict(learning_rate=2.5e-4, num_envs=4, num_steps=128, num_minibatches=4, update_epochs=4, ent_coef=0.01)
+CLEANRL_DQN = dict(learning_rate=2.5e-4, buffer_size=10_000, batch_size=128, target_network_frequency=500)
+CLEANRL_DQN |= dict(learning_starts=10_000, train_frequency=10, exploration_fraction=0.5, end_e=0.05)
+ZOO_DQN = dict(learning_rate=6.3e-4, buffer_size=50_000, batch_size=128, target_network_frequency=250)  # LunarLander
+ZOO_DQN |= dict(learning_starts=0, train_frequency=4, exploration_fraction=0.12, end_e=0.1)
 LUNAR_LANDER = dict(num_envs=16, num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98)  # the course's
 
 
@@ -64,7 +68,13 @@ def ours_torchrun(script, processes, *flags):
 
 def ours_ppo(env_id, steps, **settings):
     """Train with ppo.py; settings: what differs from CleanRL's defaults, given in the place of TUNED's row."""
-    return ours("ppo", "--anneal-lr", "--clip-vloss", *ppo_flags(env_id, steps, **{**CLEANRL, **settings}))
+    return ours("ppo", "--anneal-lr", "--clip-vloss", *flags_of(env_id, steps, **{**CLEANRL, **settings}))
+
+
+def ours_dqn(env_id, steps, h_size, gradient_steps, **settings):
+    """Train with dqn.py; settings: given in the place of TUNED's row."""
+    same = ["--no-double-q", "--no-anneal-lr", "--num-envs=1", "--tau=1", f"--gradient-steps={gradient_steps}"]
+    return ours("dqn", *same, "--h-size", *map(str, h_size), *flags_of(env_id, steps, **settings))
 
 
 def stable_baselines3(env_id, steps, num_envs=4, num_steps=128, num_minibatches=4, gamma=0.99, gae_lambda=0.95):
@@ -93,18 +103,37 @@ def stable_baselines3(env_id, steps, num_envs=4, num_steps=128, num_minibatches=
         return model.num_timesteps / (time.perf_counter() - started)
 
 
-def cleanrl(checkout, env_id, steps, **settings):
-    """Train with CleanRL's ppo.py, as it stands in its repository."""
+def stable_baselines3_dqn(env_id, steps, h_size, gradient_steps, **settings):
+    """Train with Stable-Baselines3's DQN, told the same; it clips the norm of the gradient besides, to 10."""
+    import torch
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.env_util import make_vec_env
+
+    torch.set_num_threads(1)
+    names = dict(train_frequency="train_freq", target_network_frequency="target_update_interval")
+    names |= dict(end_e="exploration_final_eps")
+    settings = {names.get(name, name): value for name, value in settings.items()}
+    with scratch_folder() as folder:
+        settings |= dict(policy_kwargs={"net_arch": h_size}, gradient_steps=gradient_steps, tensorboard_log=str(folder))
+        model = DQN("MlpPolicy", make_vec_env(env_id, 1), **settings)
+        started = time.perf_counter()
+        model.learn(steps)
+        return model.num_timesteps / (time.perf_counter() - started)
+
+
+def cleanrl(checkout, script, env_id, steps, **settings):
+    """Train with CleanRL's ppo.py or dqn.py, as it stands in its repository."""
     import torch
 
     torch.set_num_threads(1)
     with scratch_folder() as folder, quiet():
-        sys.argv = ["ppo.py", *ppo_flags(env_id, steps, **settings)]
-        runpy.run_path(str(Path(checkout) / "cleanrl" / "ppo.py"), run_name="__main__")
+        sys.argv = [script, *flags_of(env_id, steps, **settings)]
+        sys.path.insert(0, str(Path(checkout)))
+        runpy.run_path(str(Path(checkout) / "cleanrl" / script), run_name="__main__")
         return last_scalar("charts/SPS", folder)
 
 
-def ppo_flags(env_id, steps, **settings):
+def flags_of(env_id, steps, **settings):
     flags = dict(env_id=env_id, total_timesteps=steps, **settings)
     return [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 
@@ -319,9 +348,28 @@ def ppo_section(options):
         comparisons[f"PPO on {env_id}"] = {
             "ppo.py": partial(ours_ppo, env_id, steps, **settings),
             "Stable-Baselines3": partial(stable_baselines3, peers_id, steps, **settings),
-            **({"CleanRL": partial(cleanrl, options.cleanrl, peers_id, steps, **settings)} if options.cleanrl else {}),
             "stepping alone": partial(stepping_vectors, env_id, steps, settings.get("num_envs", 4)),
         }
+        if options.cleanrl:
+            run = partial(cleanrl, options.cleanrl, "ppo.py", peers_id, steps, **settings)
+            comparisons[f"PPO on {env_id}"]["CleanRL"] = run
+    return comparisons
+
+
+def dqn_section(options):
+    comparisons = {}
+    for env_id, peers_id, steps, network, settings in (
+        ("CartPole-v1", "CartPole-v1", 100_000, dict(h_size=[120, 84], gradient_steps=1), CLEANRL_DQN),
+        ("LunarLander-v2", "LunarLander-v3", 20_000, dict(h_size=[256, 256], gradient_steps=4), ZOO_DQN),
+    ):
+        comparisons[f"DQN on {env_id}"] = {
+            "dqn.py": partial(ours_dqn, env_id, steps, **network, **settings),
+            "Stable-Baselines3": partial(stable_baselines3_dqn, peers_id, steps, **network, **settings),
+            "stepping alone": partial(stepping_vectors, env_id, steps, 1),
+        }
+    if options.cleanrl:  # its network is the one of its defaults
+        run = partial(cleanrl, options.cleanrl, "dqn.py", "CartPole-v1", 100_000, **CLEANRL_DQN)
+        comparisons["DQN on CartPole-v1"]["CleanRL"] = run
     return comparisons
 
 
@@ -389,6 +437,7 @@ def torchrun_section(options):
 
 SECTIONS = {
     "ppo": ppo_section,
+    "dqn": dqn_section,
     "num_envs": num_envs_section,
     "reinforce": reinforce_section,
     "q_learning": q_learning_section,

@@ -1,12 +1,14 @@
-"""How many seconds of wall clock until an agent is good: ppo.py beside Stable-Baselines3, each as tuned as it comes.
+"""How many seconds of wall clock until an agent is good: beside Stable-Baselines3, each as tuned as it comes.
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/time_to_solve.py                   # both tasks, 5 seeds each
     python benchmarks/time_to_solve.py CartPole-v1 --seeds 1 2
     python benchmarks/time_to_solve.py LunarLander-v3 --only ppo.py torchrun      # one process, and two
+    python benchmarks/time_to_solve.py LunarLander-v3 --only dqn.py "Stable-Baselines3 DQN"
 
-ppo.py trains with its row of TUNED, Stable-Baselines3 with the hyperparameters of its zoo (rl-baselines3-zoo,
-hyperparams/ppo.yml, April 2026). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
+Ours train with their row of TUNED, Stable-Baselines3 with the hyperparameters of its zoo (rl-baselines3-zoo,
+hyperparams/ppo.yml and dqn.yml, April 2026; DQN on LunarLander for a million steps instead of 100 thousand, exploring
+in the first 12 thousand as there). At every fiftieth of its training, the agent plays 100 greedy episodes on seeds that
 training never used, with the clock stopped; it is done when their mean return reaches the bar. Both are judged by
 the same function and have one thread for PyTorch. The clock starts where training starts, after the imports.
 What comes out is printed and kept in benchmarks/time_to_solve.json, run by run; a run of the same seed replaces the
@@ -15,6 +17,7 @@ older one.
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -56,6 +60,34 @@ ZOO = {
         gamma=0.999,
         n_epochs=4,
         ent_coef=0.01,
+    ),
+}
+ZOO_DQN = {
+    "CartPole-v1": dict(
+        total_timesteps=50_000,
+        learning_rate=2.3e-3,
+        batch_size=64,
+        buffer_size=100_000,
+        learning_starts=1000,
+        gamma=0.99,
+        target_update_interval=10,
+        train_freq=256,
+        gradient_steps=128,
+        exploration_fraction=0.16,
+        exploration_final_eps=0.04,
+    ),
+    "LunarLander-v3": dict(
+        total_timesteps=1_000_000,
+        learning_rate=6.3e-4,
+        batch_size=128,
+        buffer_size=50_000,
+        learning_starts=0,
+        gamma=0.99,
+        target_update_interval=250,
+        train_freq=4,
+        gradient_steps=-1,
+        exploration_fraction=0.012,
+        exploration_final_eps=0.1,
     ),
 }
 
@@ -101,11 +133,10 @@ def mean_return(env_id, actor, episodes=100):
     return float(returns.mean())
 
 
-def ours(env_id, seed):
-    """Train with ppo.py; returns the judge. It looks at the agent that `train` makes, whenever the progress moves."""
-    import ppo
-
-    agents, make_agent, progress_bar = [], ppo.Agent, ppo.progress_bar
+def ours(env_id, seed, name="ppo"):
+    """Train with ppo.py or dqn.py; returns the judge, who looks at `train`'s agent whenever the progress moves."""
+    script = importlib.import_module(name)
+    agents, make_agent, progress_bar = [], script.Agent, script.progress_bar
 
     def remember(*args):
         agents.append(make_agent(*args))
@@ -121,14 +152,14 @@ def ours(env_id, seed):
         return bar
 
     def actor():
-        layers = ppo.numpy_layers(agents[0].actor)
-        return lambda observations: ppo.act(layers, observations)
+        layers = script.numpy_layers(agents[0].actor if name == "ppo" else agents[0].q_network)
+        return lambda observations: script.act(layers, observations)
 
-    ppo.Agent, ppo.progress_bar = remember, progress_bar_with_judge
-    args = ppo.parse_args(["--env-id", env_id, "--seed", str(seed), "--no-cuda"])
+    script.Agent, script.progress_bar = remember, progress_bar_with_judge
+    args = script.parse_args(["--env-id", env_id, "--seed", str(seed), "--no-cuda"])
     judge = Judge(env_id, args.total_timesteps)
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Solved):
-        ppo.train(args, Path(folder))
+        script.train(args, Path(folder))
     return judge
 
 
@@ -153,9 +184,9 @@ def in_one_of_two(env_id, seed):
     os._exit(0)
 
 
-def stable_baselines3(env_id, seed):
-    """Train with Stable-Baselines3; returns the judge."""
-    from stable_baselines3 import PPO
+def stable_baselines3(env_id, seed, name="PPO"):
+    """Train with Stable-Baselines3's PPO or DQN; returns the judge."""
+    import stable_baselines3
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
 
@@ -170,11 +201,13 @@ def stable_baselines3(env_id, seed):
             return True
 
     torch.set_num_threads(1)
-    settings = dict(ZOO[env_id])
+    settings = dict(ZOO[env_id] if name == "PPO" else ZOO_DQN[env_id])
     total_timesteps = settings.pop("total_timesteps")
     judge = Judge(env_id, total_timesteps)
-    envs = make_vec_env(env_id, settings.pop("num_envs"), seed=seed)
-    model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
+    envs = make_vec_env(env_id, settings.pop("num_envs", 1), seed=seed)
+    if name == "DQN":
+        settings["policy_kwargs"] = {"net_arch": [256, 256]}
+    model = getattr(stable_baselines3, name)("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     with contextlib.suppress(Solved):
         model.learn(total_timesteps, callback=Look())
         judge.look(model.num_timesteps, actor, last=True)
@@ -190,6 +223,7 @@ def race(train, env_id, seed):
 
 
 CONTESTANTS = {"ppo.py": ours, "torchrun": torchrun, "Stable-Baselines3": stable_baselines3}
+CONTESTANTS |= {"dqn.py": partial(ours, name="dqn"), "Stable-Baselines3 DQN": partial(stable_baselines3, name="DQN")}
 
 
 def main():

@@ -34,9 +34,11 @@ class Script(NamedTuple):
 PPO = {"ppo", "deep-reinforcement-learning", "deep-rl-course"}
 CARTPOLE = "--n-eval-episodes 10 --env-id CartPole-v1 --num-envs 2 --num-steps 64 --num-minibatches 2 --update-epochs 2"
 MARIO = "--n-eval-episodes 1 --env-id SuperMarioBros-1-3-v0 --num-envs 2 --num-steps 16 --num-minibatches 2"
+DQN = "--n-eval-episodes 10 --num-envs 2 --train-frequency 8 --gradient-steps 1 --batch-size 16 --learning-starts 200"
 EPISODES = "--n-training-episodes"
 SCRIPTS = {
     "ppo.py": Script(f"{CARTPOLE} --no-deterministic-eval", "--total-timesteps", 1100, 12800, 2048, PPO),
+    "dqn.py": Script(DQN, "--total-timesteps", 1100, 24_000, 2192, PPO - {"ppo"} | {"dqn"}),
     "q_learning.py": Script(
         "--n-eval-episodes 10 --is-slippery", EPISODES, 500, 7000, 1000, {"q-learning"}, "q-learning.pkl"
     ),

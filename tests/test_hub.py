@@ -173,6 +173,12 @@ def test_more_steps_keep_every_point_and_replace_everything_on_the_hub(trained, 
         low, high = args["min_epsilon"], args["max_epsilon"]
         tag = "charts/epsilon"
         expected = [low + (high - low) * math.exp(-args["decay_rate"] * n) for n in (249, 499, 749, 999)]
+    elif trained.script == "dqn.py":
+        assert [step for step, _ in after["charts/epsilon"]] == [1000, 1096, 2000, 2192]
+        tag, low, high = "charts/epsilon", args["end_e"], args["start_e"]
+        falling = [args["exploration_fraction"] * total for total in (1096, 1096, 2192, 2192)]
+        begun = (992, 1088, 1992, 2184)  # an iteration of 8 steps before
+        expected = [max(low, high - (high - low) * step / steps) for step, steps in zip(begun, falling)]
     else:
         tag, rate = "charts/learning_rate", args.get("learning_rate") or args["lr"]
         expected = [rate * (1 - i / (half if i < half else whole)) for i in range(whole)]

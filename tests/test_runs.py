@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import curves_of, read, refused, run, weights
 
+import dqn
 import ppo
 import ppo_mario
 import q_learning
@@ -17,6 +18,7 @@ STAGE = "SuperMarioBros-1-3-v0"  # over treetops, where a beginner falls soon
 SHORT = {
     ppo: "--n-eval-episodes 1 --num-envs 4 --num-steps 128 --total-timesteps 512",
     reinforce: "--n-eval-episodes 1 --num-envs 4 --n-training-episodes 4",
+    dqn: "--n-eval-episodes 1 --total-timesteps 512 --learning-starts 100",
     q_learning: "--n-eval-episodes 1 --n-training-episodes 300",
     ppo_mario: f"--n-eval-episodes 1 --env-id {STAGE} --num-envs 2 --num-steps 16 --total-timesteps 32",
 }
@@ -41,6 +43,8 @@ COPTER = "--env-id Pixelcopter-PLE-v0 --h-size 8 4 --no-deterministic-eval"
         (ppo, "", (4, 2), (50, (600, 400))),
         (reinforce, "", (4, 2), (50, (600, 400))),
         (reinforce, COPTER, (7, 2, [8, 4]), (30, (480, 480))),
+        (dqn, "", (4, 2), (50, (600, 400))),
+        (dqn, "--h-size 8 --no-double-q", (4, 2, [8]), (50, (600, 400))),
         (ppo_mario, "", (5,), (60, (480, 448))),
         (ppo_mario, "--no-shared-network", (5, False), (60, (480, 448))),
     ],
@@ -55,7 +59,8 @@ def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_score
         assert not np.array_equal(array, start[name])
 
     results, curves = read(run_folder, "results.json"), curves_of(run_folder)
-    assert curves.keys() >= {"charts/learning_rate", "charts/SPS", "losses/policy_loss", "losses/entropy"}
+    losses = {"losses/td_loss", "losses/q_values"} if script is dqn else {"losses/policy_loss", "losses/entropy"}
+    assert curves.keys() >= {"charts/learning_rate", "charts/SPS"} | losses
     for ((step, value),) in curves.values():
         assert step == results["global_step"] and np.isfinite(value)
     assert (run_folder / "videos" / f"step-{results['global_step']}.mp4").exists()
@@ -92,10 +97,11 @@ def test_numpy_acting_is_the_network_and_samples_its_softmax(script):
 
 
 IDS = [(ppo, full_id) for full_id in ("LunarLander-v2", "Acrobot-v1", "MountainCar-v0")]
+IDS += [(dqn, full_id) for full_id in ("LunarLander-v2", "MountainCar-v0")]
 IDS += [(reinforce, full_id) for full_id in ("CartPole-v1", "Pixelcopter-PLE-v0")]
 IDS += [(q_learning, full_id) for full_id in ("FrozenLake8x8-v1", "CliffWalking-v1", "Taxi-v3")]
 IDS += [(ppo_mario, full_id) for full_id in ("SuperMarioBros-v0", "SuperMarioBros-1-4-v0")]
-UNTUNED = {"MountainCar-v0", "SuperMarioBros-1-4-v0"}
+UNTUNED = {(ppo, "MountainCar-v0"), (ppo_mario, "SuperMarioBros-1-4-v0")}
 
 
 @pytest.mark.parametrize(("script", "full_id"), IDS)
@@ -103,10 +109,11 @@ def test_an_id_without_its_version_is_completed_and_gets_its_settings_but_flags_
     env_id = full_id.rpartition("-v")[0]
     args = vars(script.parse_args(["--env-id", env_id]))
     rows = [row for name, row in script.TUNED.items() if name.startswith(full_id)]
-    assert len(rows) == (full_id not in UNTUNED)
+    assert len(rows) == ((script, full_id) not in UNTUNED)
     expected = {"env_id": full_id, "n_eval_episodes": 100} | (rows[0] if rows else {})  # 100 as README says
     if "total_timesteps" in expected:
-        expected["total_timesteps"] -= expected["total_timesteps"] % (args["num_envs"] * args["num_steps"])
+        at_once = args["train_frequency"] if script is dqn else args["num_envs"] * args["num_steps"]
+        expected["total_timesteps"] -= expected["total_timesteps"] % at_once
     assert {name: args[name] for name in expected} == expected
     assert vars(script.parse_args(["--env-id", env_id, "--gamma", "0.5"])) == args | {"gamma": 0.5}
 
@@ -134,6 +141,10 @@ def test_an_id_without_its_version_is_completed_and_gets_its_settings_but_flags_
         (reinforce, "--h-size 64 0", "--h-size 0"),
         (reinforce, "--max-t 0", "--max-t 0"),
         (reinforce, "--n-training-episodes 3 --num-envs 4", "less than one update"),
+        (dqn, "--num-envs 4 --train-frequency 10", "--train-frequency"),
+        (dqn, "--num-envs 4 --train-frequency 4 --buffer-size 10", "--buffer-size"),
+        (dqn, "--total-timesteps 5 --train-frequency 10", "--total-timesteps"),
+        (dqn, "--tau 1.5", "--tau 1.5"),
         (q_learning, "--env-id CartPole-v1", "discrete observations"),
         (q_learning, "--env-id Taxi-v3 --map-name 8x8", "belong to FrozenLake"),
         (q_learning, "--learning-rate 2", "--learning-rate"),
@@ -158,7 +169,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_before_training(capfd, monk
 # --- evaluation
 
 
-@pytest.mark.parametrize("script", [ppo, reinforce, q_learning])
+@pytest.mark.parametrize("script", [ppo, reinforce, q_learning, dqn])
 def test_no_two_training_seeds_are_scored_on_the_same_episodes(script, monkeypatch):
     played = []
     monkeypatch.setattr(script, "evaluate_agent", lambda *args: played.extend(args[-1]) or (0.0, 0.0))

@@ -1,0 +1,121 @@
+"""dqn.py: its math against the definitions, what the replay buffer holds, when the target network moves."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import Counting, run
+
+import dqn
+import q_learning
+
+
+def test_epsilon_falls_linearly_and_stays():
+    schedule = [dqn.linear_schedule(1.0, 0.1, 4, step) for step in range(7)]
+    assert schedule == pytest.approx([1.0, 0.775, 0.55, 0.325, 0.1, 0.1, 0.1])
+    assert dqn.linear_schedule(1.0, 0.1, 0, 0) == 0.1
+
+
+def test_targets_are_those_of_tabular_q_learning():
+    rng = np.random.default_rng(0)
+    rewards, terminated = rng.normal(size=50), (rng.random(50) < 0.3).astype(float)
+    qtable = rng.normal(size=(50, 3))
+    expected = []
+    for i in range(50):
+        table = [[0.0], qtable[i].tolist()]  # with a learning rate of 1, the new value is the target
+        q_learning.q_learning_update(table, 0, 0, rewards[i], 1, terminated[i], learning_rate=1, gamma=0.9)
+        expected.append(table[0][0])
+    np.testing.assert_allclose(dqn.td_targets(rewards, qtable.max(axis=1), terminated, 0.9), expected)
+
+
+def test_the_gradient_of_an_error_ends_at_1():
+    values, targets = torch.tensor([3.0, -3.0, 0.5, -0.2]).requires_grad_(), torch.zeros(4)
+    loss = dqn.td_loss(values, targets)
+    loss.backward()
+    assert loss.item() == pytest.approx((2.5 + 2.5 + 0.5 * 0.25 + 0.5 * 0.04) / 4)
+    torch.testing.assert_close(values.grad, torch.tensor([1, -1, 0.5, -0.2]) / 4)
+
+
+@pytest.mark.parametrize("double_q", [True, False])
+def test_update_is_a_step_of_adam_towards_the_target_of_the_paper(double_q):
+    torch.manual_seed(0)
+    agent, target = dqn.Agent(4, 3, [8]), dqn.Agent(4, 3, [8])
+    reference = copy.deepcopy(agent)
+    parameters = dqn.flatten_parameters(agent)
+    optimizer = torch.optim.Adam([parameters], lr=0.01)
+    its_optimizer = torch.optim.Adam(reference.parameters(), lr=0.01)
+    args = dqn.parse_args(["--gamma", "0.9", "--double-q" if double_q else "--no-double-q"])
+    differ = 0
+    for _ in range(5):
+        observations, next_observations = torch.randn(2, 64, 4)
+        actions, rewards, ends = torch.randint(3, (64, 1)), torch.randn(64, 1), torch.rand(64, 1) < 0.3
+        minibatch = observations, next_observations, actions.float(), rewards, ends.float()
+        dqn.update(agent, target, parameters, optimizer, minibatch, args)
+
+        loss = 0.0
+        for i in range(64):
+            rated, chosen = target(next_observations[i]).detach(), reference(next_observations[i])
+            differ += int(rated.argmax() != chosen.argmax())
+            following = rated[chosen.argmax()] if double_q else rated.max()
+            goal = rewards[i, 0] + (0.0 if ends[i, 0] else 0.9 * following)
+            error = (reference(observations[i])[actions[i, 0]] - goal).abs()
+            loss = loss + (0.5 * error**2 if error < 1 else error - 0.5) / 64
+        its_optimizer.zero_grad()
+        loss.backward()
+        its_optimizer.step()
+    assert differ > 50  # the choice matters
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(agent.state_dict()[name], tensor)
+
+
+def test_numpy_acting_is_the_network():
+    torch.manual_seed(0)
+    agent = dqn.Agent(5, 3, [32, 16])
+    torch.nn.init.orthogonal_(agent.q_network[-1].weight)  # values that differ
+    observations = np.random.default_rng(0).normal(scale=4, size=(64, 5)).astype(np.float32)
+    best = agent(torch.from_numpy(observations)).argmax(dim=1).tolist()
+    assert dqn.act(dqn.numpy_layers(agent.q_network), observations).tolist() == best and len({*best}) == 3
+    assert [dqn.make_policy(agent)(observation) for observation in observations] == best
+
+
+def buffer_of(flags, tmp_path):
+    """The rows of the replay buffer after a short training, as dicts."""
+    dqn.train(dqn.parse_args(flags.split()), tmp_path)
+    names = ("episode", "step", "next_episode", "next_step", "action", "reward", "terminated")
+    return [dict(zip(names, row)) for row in dqn.load_checkpoint(tmp_path)["buffer"].tolist()]
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+def test_no_transition_crosses_an_episode_and_only_termination_ends_one(cut_off, monkeypatch, tmp_path):
+    monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(3, cut_off))
+    flags = "--num-envs 2 --train-frequency 4 --total-timesteps 20 --learning-starts 12 --batch-size 4"
+    rows = buffer_of(f"{flags} --start-e 0.5", tmp_path)
+    assert [row["step"] for row in rows] == [step for t in range(10) for step in [t % 3] * 2]
+    for row in rows:
+        assert (row["next_episode"], row["next_step"]) == (row["episode"], row["step"] + 1)
+        assert row["reward"] == row["next_step"]
+        assert row["terminated"] == (row["next_step"] == 3 and not cut_off)
+    assert {row["action"] for row in rows} == {0, 1}
+
+
+def test_the_buffer_is_filled_round(monkeypatch, tmp_path):
+    monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(100))
+    flags = "--train-frequency 4 --total-timesteps 20 --learning-starts 20 --buffer-size 8"
+    assert [row["step"] for row in buffer_of(flags, tmp_path)] == [16, 17, 18, 19, 12, 13, 14, 15]
+
+
+def test_the_target_network_follows_every_so_many_steps(monkeypatch):
+    lags, update = [], dqn.update
+
+    def spy(agent, target, *args):
+        lags.append((agent.q_network[0].weight - target.q_network[0].weight).abs().max().item())
+        return update(agent, target, *args)
+
+    monkeypatch.setattr(dqn, "update", spy)
+    flags = "--total-timesteps 80 --learning-starts 8 --train-frequency 8 --num-envs 2 --gradient-steps 1 --batch-size 4"
+    run(dqn, f"{flags} --n-eval-episodes 1 --target-network-frequency 16 --tau 1")
+    assert [lag == 0 for lag in lags] == [True, *[True, False] * 4]  # at steps 16, 24, ...; it moves after 16, 32, ...
+    lags.clear()
+    run(dqn, f"{flags} --n-eval-episodes 1 --target-network-frequency 8 --tau 0.5")
+    assert lags[0] == 0 and min(lags[1:]) > 0
