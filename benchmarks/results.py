@@ -39,7 +39,7 @@ TASKS = {  # what the README's table calls it, the command, the seeds
     "dqn-cartpole": ("CartPole-v1", "dqn.py", FRESH),
     "dqn-acrobot": ("Acrobot-v1", "dqn.py --env-id Acrobot-v1", FRESH[:5]),
     "dqn-mountaincar": ("MountainCar-v0", "dqn.py --env-id MountainCar-v0", FRESH[:5]),
-    "dqn-lunarlander": ("LunarLander-v2", "dqn.py --env-id LunarLander-v2", FRESH),
+    "dqn-lunarlander": ("LunarLander-v2", "dqn.py --env-id LunarLander-v2", range(121, 141)),
     "ppo-cartpole": ("CartPole-v1", "ppo.py", FRESH),
     "ppo-acrobot": ("Acrobot-v1", "ppo.py --env-id Acrobot-v1", FRESH),
     "ppo-lunarlander": ("LunarLander-v2", "ppo.py --env-id LunarLander-v2", FRESH),

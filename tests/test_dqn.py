@@ -113,9 +113,10 @@ def test_the_target_network_follows_every_so_many_steps(monkeypatch):
         return update(agent, target, *args)
 
     monkeypatch.setattr(dqn, "update", spy)
-    flags = "--total-timesteps 80 --learning-starts 8 --train-frequency 8 --num-envs 2 --gradient-steps 1 --batch-size 4"
-    run(dqn, f"{flags} --n-eval-episodes 1 --target-network-frequency 16 --tau 1")
+    flags = "--total-timesteps 80 --learning-starts 8 --train-frequency 8 --gradient-steps 1 --num-envs 2"
+    flags += " --batch-size 4 --n-eval-episodes 1"
+    run(dqn, f"{flags} --target-network-frequency 16 --tau 1")
     assert [lag == 0 for lag in lags] == [True, *[True, False] * 4]  # at steps 16, 24, ...; it moves after 16, 32, ...
     lags.clear()
-    run(dqn, f"{flags} --n-eval-episodes 1 --target-network-frequency 8 --tau 0.5")
+    run(dqn, f"{flags} --target-network-frequency 8 --tau 0.5")
     assert lags[0] == 0 and min(lags[1:]) > 0
