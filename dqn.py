@@ -14,7 +14,8 @@ a there and the best actions ever after. What a network needs, and a table does 
     away from the values that follow them.
 
 Papers: Human-level control through deep reinforcement learning (Mnih et al., 2015), Deep Reinforcement Learning with
-Double Q-learning (van Hasselt et al., 2016, https://arxiv.org/abs/1509.06461).
+Double Q-learning (van Hasselt et al., 2016, https://arxiv.org/abs/1509.06461), Temporally-Extended Epsilon-Greedy
+Exploration (Dabney et al., 2021, https://arxiv.org/abs/2006.01782; what --explore-duration is after).
 """
 
 # /// script
@@ -107,6 +108,7 @@ def parse_args(argv=None):
     flag("--start-e", type=float, default=1.0, help="epsilon, the share of random actions, at the start")
     flag("--end-e", type=float, default=0.05, help="epsilon in the end")
     flag("--exploration-fraction", type=float, default=0.5, help="share of --total-timesteps over which epsilon falls")
+    flag("--explore-duration", type=float, default=1.0, help="steps that a random action is kept for, on average")
     flag("--learning-starts", type=int, default=10_000, help="steps before the first gradient step")
     flag("--train-frequency", type=int, default=10, help="steps between two rounds of gradient steps")
     flag("--gradient-steps", type=int, default=1, help="gradient steps in a round")
@@ -126,10 +128,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.env_id = full_id(args.env_id)
 
-    at_least_one = ("num_envs", "h_size", "buffer_size", "batch_size", "train_frequency", "target_network_frequency")
     shares = ("gamma", "tau", "start_e", "end_e", "exploration_fraction")
     for name, value in vars(args).items():
-        low = name in (*at_least_one, "gradient_steps", "n_eval_episodes")
+        low = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
         high = 1 if name in shares else 10**6 if name == "n_eval_episodes" else 2**63 - 1
         for number in value if isinstance(value, list) else [value]:
             if number == "" or (isinstance(number, int | float) and not low <= number <= high):
@@ -137,6 +138,8 @@ def parse_args(argv=None):
     if args.train_frequency % args.num_envs or args.buffer_size % args.num_envs:
         fail(f"--train-frequency and --buffer-size must be multiples of --num-envs {args.num_envs}")
     args.total_timesteps -= args.total_timesteps % args.train_frequency  # whole iterations: what will really be trained
+    if args.total_timesteps <= args.learning_starts and not args.evaluate:
+        fail(f"--total-timesteps {args.total_timesteps} is no more than --learning-starts {args.learning_starts}")
     if args.total_timesteps < max(args.train_frequency, checkpoint.get("global_step", 0)):
         fail("--total-timesteps is less than --train-frequency, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -324,6 +327,7 @@ def train(args, run_folder):
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
 
     observations, _ = envs.reset(seed=env_seeds)
+    explore, by_chance = np.zeros(args.num_envs, dtype=bool), np.zeros(args.num_envs, dtype=np.int64)
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
     finished, losses = [], {}  # (return, length) of each episode that ended since the last point of the curves
     exploration_steps = args.exploration_fraction * args.total_timesteps
@@ -340,8 +344,11 @@ def train(args, run_folder):
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             layers = numpy_layers(agent.q_network)
             for _ in range(args.train_frequency // args.num_envs):
-                explore = rng.random(args.num_envs) < epsilon
-                actions = np.where(explore, rng.integers(n_actions, size=args.num_envs), act(layers, observations))
+                # Who acts, chance or the network, is drawn anew with probability 1 / explore_duration, else it goes on.
+                draw = rng.random(args.num_envs) * args.explore_duration
+                explore = np.where(draw < 1, draw < epsilon, explore)
+                by_chance = np.where(draw < 1, rng.integers(n_actions, size=args.num_envs), by_chance)
+                actions = np.where(explore, by_chance, act(layers, observations))
                 position = global_step % args.buffer_size
                 rows = buffer[position : position + args.num_envs]
                 rows[:, :n_observations] = observations

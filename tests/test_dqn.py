@@ -1,7 +1,9 @@
 """dqn.py: its math against the definitions, what the replay buffer holds, when the target network moves."""
 
 import copy
+from itertools import groupby
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,7 @@ def buffer_of(flags, tmp_path):
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_no_transition_crosses_an_episode_and_only_termination_ends_one(cut_off, monkeypatch, tmp_path):
     monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(3, cut_off))
-    flags = "--num-envs 2 --train-frequency 4 --total-timesteps 20 --learning-starts 12 --batch-size 4"
+    flags = "--num-envs 2 --train-frequency 4 --total-timesteps 20 --learning-starts 12"
     rows = buffer_of(f"{flags} --start-e 0.5", tmp_path)
     assert [row["step"] for row in rows] == [step for t in range(10) for step in [t % 3] * 2]
     for row in rows:
@@ -101,8 +103,23 @@ def test_no_transition_crosses_an_episode_and_only_termination_ends_one(cut_off,
 
 def test_the_buffer_is_filled_round(monkeypatch, tmp_path):
     monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(100))
-    flags = "--train-frequency 4 --total-timesteps 20 --learning-starts 20 --buffer-size 8"
+    flags = "--num-envs 1 --train-frequency 4 --gradient-steps 1 --buffer-size 8"
+    flags += " --total-timesteps 20 --learning-starts 19"
     assert [row["step"] for row in buffer_of(flags, tmp_path)] == [16, 17, 18, 19, 12, 13, 14, 15]
+
+
+def test_a_random_action_is_kept_for_a_while_and_epsilon_stays_the_share_of_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(10**6))
+    monkeypatch.setattr(dqn, "act", lambda layers, observations: np.full(len(observations), 999))
+    monkeypatch.setattr(Counting, "action_space", gym.spaces.Discrete(1000))
+    flags = "--num-envs 2 --train-frequency 40000 --gradient-steps 1 --buffer-size 40000 --start-e 0.3 --end-e 0.3"
+    flags += " --total-timesteps 40000 --learning-starts 39999 --explore-duration"
+    for duration in (1, 8):
+        actions = [row["action"] for row in buffer_of(f"{flags} {duration}", tmp_path)]
+        chance = np.array(actions).reshape(-1, 2).T
+        assert (chance < 999).mean() == pytest.approx(0.3, abs=0.03)
+        kept = [len([*group]) for row in chance for action, group in groupby(row) if action < 999]
+        assert np.mean(kept) == pytest.approx(duration, rel=0.1)
 
 
 def test_the_target_network_follows_every_so_many_steps(monkeypatch):
