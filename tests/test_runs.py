@@ -143,7 +143,7 @@ def test_an_id_without_its_version_is_completed_and_gets_its_settings_but_flags_
         (reinforce, "--n-training-episodes 3 --num-envs 4", "less than one update"),
         (dqn, "--num-envs 4 --train-frequency 10", "--train-frequency"),
         (dqn, "--num-envs 4 --train-frequency 4 --buffer-size 10", "--buffer-size"),
-        (dqn, "--total-timesteps 5 --train-frequency 10 --learning-starts 0", "--total-timesteps"),
+        (dqn, "--total-timesteps 5 --learning-starts 0", "--total-timesteps"),
         (dqn, "--total-timesteps 1000 --learning-starts 1000", "--learning-starts"),
         (dqn, "--tau 1.5", "--tau 1.5"),
         (q_learning, "--env-id CartPole-v1", "discrete observations"),
