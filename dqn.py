@@ -68,13 +68,16 @@ msg = Printer(pretty=sys.stdout.isatty())
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
-CLASSIC = dict(anneal_lr=True, num_envs=4, buffer_size=50_000, learning_starts=1_000)
-CARTPOLE = dict(total_timesteps=50_000, learning_rate=2.3e-3, batch_size=64, end_e=0.04, exploration_fraction=0.16)
-CARTPOLE |= dict(train_frequency=256, gradient_steps=128, target_network_frequency=256, **CLASSIC)
+CARTPOLE = dict(total_timesteps=50_000, learning_rate=2.3e-3, anneal_lr=True, num_envs=4, buffer_size=50_000)
+CARTPOLE |= dict(target_network_frequency=256, batch_size=64, end_e=0.04, exploration_fraction=0.16)
+CARTPOLE |= dict(learning_starts=1_000, train_frequency=256, gradient_steps=128)
+ACROBOT = dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128], tau=0.01)
+ACROBOT |= dict(buffer_size=100_000, target_network_frequency=8, exploration_fraction=0.1, reward_scale=0.1)
+ACROBOT |= dict(learning_starts=1_000, train_frequency=8, gradient_steps=4)
 # To be found by chance, MountainCar's goal takes long runs in one direction.
-MOUNTAIN_CAR = dict(total_timesteps=120_000, learning_rate=4e-3, h_size=[128, 128], gamma=0.98, explore_duration=20)
-MOUNTAIN_CAR |= dict(train_frequency=16, gradient_steps=8, target_network_frequency=600, end_e=0.07, **CLASSIC)
-MOUNTAIN_CAR |= dict(exploration_fraction=0.2)
+MOUNTAIN_CAR = dict(total_timesteps=240_000, learning_rate=4e-3, anneal_lr=True, num_envs=4, h_size=[128, 128])
+MOUNTAIN_CAR |= dict(buffer_size=100_000, gamma=0.98, target_network_frequency=600, exploration_fraction=0.2)
+MOUNTAIN_CAR |= dict(explore_duration=20, learning_starts=1_000, train_frequency=16, gradient_steps=8)
 # A reward scale that keeps nearly all errors below 1, where the loss is quadratic. Beyond, the 100 points for coming to
 # rest would count for less than they are.
 LUNAR_LANDER = dict(learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128], reward_scale=0.01, tau=0.01)
@@ -82,6 +85,7 @@ LUNAR_LANDER |= dict(buffer_size=200_000, target_network_frequency=8, end_e=0.02
 LUNAR_LANDER |= dict(learning_starts=5_000, train_frequency=8, gradient_steps=2)
 TUNED = {
     "CartPole-v1": CARTPOLE,
+    "Acrobot-v1": ACROBOT,
     "MountainCar-v0": MOUNTAIN_CAR,
     "LunarLander-v2": LUNAR_LANDER,
     "LunarLander-v3": LUNAR_LANDER,
