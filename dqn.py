@@ -68,8 +68,8 @@ msg = Printer(pretty=sys.stdout.isatty())
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
-CARTPOLE = dict(total_timesteps=50_000, learning_rate=2.3e-3, anneal_lr=True, num_envs=4, buffer_size=50_000)
-CARTPOLE |= dict(target_network_frequency=256, batch_size=64, end_e=0.04, exploration_fraction=0.16)
+CARTPOLE = dict(total_timesteps=80_000, learning_rate=1e-3, anneal_lr=True, num_envs=4, reward_scale=0.1)
+CARTPOLE |= dict(buffer_size=100_000, target_network_frequency=256, batch_size=64, end_e=0.01, exploration_fraction=0.1)
 CARTPOLE |= dict(learning_starts=1_000, train_frequency=256, gradient_steps=128)
 ACROBOT = dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128], tau=0.01)
 ACROBOT |= dict(buffer_size=100_000, target_network_frequency=8, exploration_fraction=0.1, reward_scale=0.1)
