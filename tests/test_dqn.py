@@ -91,7 +91,7 @@ def buffer_of(flags, tmp_path):
 @pytest.mark.parametrize("cut_off", [False, True])
 def test_no_transition_crosses_an_episode_and_only_termination_ends_one(cut_off, monkeypatch, tmp_path):
     monkeypatch.setattr(dqn, "make_env", lambda env_id, render_mode=None: Counting(3, cut_off))
-    flags = "--num-envs 2 --train-frequency 4 --total-timesteps 20 --learning-starts 12"
+    flags = "--num-envs 2 --train-frequency 4 --total-timesteps 20 --learning-starts 12 --reward-scale 1"
     rows = buffer_of(f"{flags} --start-e 0.5", tmp_path)
     assert [row["step"] for row in rows] == [step for t in range(10) for step in [t % 3] * 2]
     for row in rows:
