@@ -122,9 +122,19 @@ def stable_baselines3_dqn(env_id, steps, h_size, gradient_steps, **settings):
 
 
 def cleanrl(checkout, script, env_id, steps, **settings):
-    """Train with CleanRL's ppo.py or dqn.py, as it stands in its repository."""
+    """Train with CleanRL's ppo.py or dqn.py, as it stands in its repository.
+
+    Its dqn.py looks for an entry in the infos that Gymnasium 1 no longer has, and would end at the first time limit.
+    """
+    import gymnasium as gym
     import torch
 
+    class WithFinalObservation(gym.vector.SyncVectorEnv):
+        def step(self, actions):
+            observations, *rest, infos = super().step(actions)
+            return observations, *rest, infos | {"final_observation": observations}
+
+    gym.vector.SyncVectorEnv = WithFinalObservation
     torch.set_num_threads(1)
     with scratch_folder() as folder, quiet():
         sys.argv = [script, *flags_of(env_id, steps, **settings)]
