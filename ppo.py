@@ -226,7 +226,7 @@ def flatten_parameters(module):
 
 
 def numpy_layers(network):
-    """The weights of a Linear-Tanh-...-Linear network as [(weight, bias), ...] NumPy arrays, for `act`."""
+    """The weights of a network's linear layers as [(weight, bias), ...] NumPy arrays, for `act`."""
     linear = [layer for layer in network if isinstance(layer, nn.Linear)]
     return [(layer.weight.detach().cpu().numpy().T, layer.bias.detach().cpu().numpy()) for layer in linear]
 

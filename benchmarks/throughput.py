@@ -73,7 +73,8 @@ def ours_ppo(env_id, steps, **settings):
 
 def ours_dqn(env_id, steps, h_size, gradient_steps, **settings):
     """Train with dqn.py; settings: given in the place of TUNED's row."""
-    same = ["--no-double-q", "--no-anneal-lr", "--num-envs=1", "--tau=1", f"--gradient-steps={gradient_steps}"]
+    same = ["--no-double-q", "--no-anneal-lr", "--num-envs=1", "--tau=1", "--reward-scale=1"]
+    same += [f"--gradient-steps={gradient_steps}"]
     return ours("dqn", *same, "--h-size", *map(str, h_size), *flags_of(env_id, steps, **settings))
 
 

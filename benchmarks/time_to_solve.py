@@ -39,57 +39,20 @@ sys.path.insert(0, str(HERE.parent))
 
 BARS = {"CartPole-v1": 475, "LunarLander-v3": 200}  # what Gymnasium calls solved
 ZOO = {
-    "CartPole-v1": dict(
-        num_envs=8,
-        total_timesteps=100_000,
-        n_steps=32,
-        batch_size=256,
-        gae_lambda=0.8,
-        gamma=0.98,
-        n_epochs=20,
-        ent_coef=0.0,
-        learning_rate=lambda left: 0.001 * left,
-        clip_range=lambda left: 0.2 * left,
-    ),
-    "LunarLander-v3": dict(
-        num_envs=16,
-        total_timesteps=1_000_000,
-        n_steps=1024,
-        batch_size=64,
-        gae_lambda=0.98,
-        gamma=0.999,
-        n_epochs=4,
-        ent_coef=0.01,
-    ),
+    "CartPole-v1": dict(num_envs=8, total_timesteps=100_000, n_steps=32, batch_size=256, gae_lambda=0.8, gamma=0.98),
+    "LunarLander-v3": dict(num_envs=16, total_timesteps=1_000_000, n_steps=1024, batch_size=64, gae_lambda=0.98),
 }
+ZOO["CartPole-v1"] |= dict(n_epochs=20, ent_coef=0.0)
+ZOO["CartPole-v1"] |= dict(learning_rate=lambda left: 0.001 * left, clip_range=lambda left: 0.2 * left)
+ZOO["LunarLander-v3"] |= dict(n_epochs=4, ent_coef=0.01, gamma=0.999)
 ZOO_DQN = {
-    "CartPole-v1": dict(
-        total_timesteps=50_000,
-        learning_rate=2.3e-3,
-        batch_size=64,
-        buffer_size=100_000,
-        learning_starts=1000,
-        gamma=0.99,
-        target_update_interval=10,
-        train_freq=256,
-        gradient_steps=128,
-        exploration_fraction=0.16,
-        exploration_final_eps=0.04,
-    ),
-    "LunarLander-v3": dict(
-        total_timesteps=1_000_000,
-        learning_rate=6.3e-4,
-        batch_size=128,
-        buffer_size=50_000,
-        learning_starts=0,
-        gamma=0.99,
-        target_update_interval=250,
-        train_freq=4,
-        gradient_steps=-1,
-        exploration_fraction=0.012,
-        exploration_final_eps=0.1,
-    ),
+    "CartPole-v1": dict(total_timesteps=50_000, learning_rate=2.3e-3, batch_size=64, buffer_size=100_000),
+    "LunarLander-v3": dict(total_timesteps=1_000_000, learning_rate=6.3e-4, batch_size=128, buffer_size=50_000),
 }
+ZOO_DQN["CartPole-v1"] |= dict(learning_starts=1000, target_update_interval=10, train_freq=256, gradient_steps=128)
+ZOO_DQN["CartPole-v1"] |= dict(exploration_fraction=0.16, exploration_final_eps=0.04)
+ZOO_DQN["LunarLander-v3"] |= dict(learning_starts=0, target_update_interval=250, train_freq=4, gradient_steps=-1)
+ZOO_DQN["LunarLander-v3"] |= dict(exploration_fraction=0.012, exploration_final_eps=0.1)
 
 
 class Solved(Exception):
