@@ -356,11 +356,12 @@ def train(args, run_folder):
             # 1. Act, epsilon-greedily, and remember what happened.
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             layers = numpy_layers(agent.q_network)
-            for _ in range(args.train_frequency // args.num_envs):
+            size = (args.train_frequency // args.num_envs, args.num_envs)
+            draws, random_actions = rng.random(size) * args.explore_duration, rng.integers(n_actions, size=size)
+            for draw, random_action in zip(draws, random_actions):
                 # Who acts, chance or the network, is drawn anew with probability 1 / explore_duration, else it goes on.
-                draw = rng.random(args.num_envs) * args.explore_duration
                 explore = np.where(draw < 1, draw < epsilon, explore)
-                by_chance = np.where(draw < 1, rng.integers(n_actions, size=args.num_envs), by_chance)
+                by_chance = np.where(draw < 1, random_action, by_chance)
                 actions = np.where(explore, by_chance, act(layers, observations))
                 position = global_step % args.buffer_size
                 rows = buffer[position : position + args.num_envs]
