@@ -98,8 +98,9 @@ def parse_args(argv=None):
     parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
-    flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
-    flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
+    either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--exp-name", default="dqn", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=int, default=1, help="seed of everything random; environment i starts at seed + i")
@@ -148,16 +149,18 @@ def parse_args(argv=None):
         for number in value if isinstance(value, list) else [value]:
             if number == "" or (isinstance(number, int | float) and not low <= number <= high):
                 fail(f"--{name.replace('_', '-')} {number!r} is not between {low:d} and {high}")
-    if args.train_frequency % args.num_envs or args.buffer_size % args.num_envs:
-        fail(f"--train-frequency and --buffer-size must be multiples of --num-envs {args.num_envs}")
-    args.total_timesteps -= args.total_timesteps % args.train_frequency  # whole iterations: what will really be trained
-    if args.total_timesteps <= args.learning_starts and not args.evaluate:
-        fail(f"--total-timesteps {args.total_timesteps} is no more than --learning-starts {args.learning_starts}")
-    if args.total_timesteps < max(args.train_frequency, checkpoint.get("global_step", 0)):
-        fail("--total-timesteps is less than --train-frequency, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if args.render and not (args.evaluate and has_display):
         fail("--render goes with --evaluate, and needs a display")
+    if args.evaluate:
+        return args  # the rest is about training
+    if args.train_frequency % args.num_envs or args.buffer_size % args.num_envs:
+        fail(f"--train-frequency and --buffer-size must be multiples of --num-envs {args.num_envs}")
+    args.total_timesteps -= args.total_timesteps % args.train_frequency  # whole iterations: what will really be trained
+    if args.total_timesteps < max(args.train_frequency, checkpoint.get("global_step", 0)):
+        fail("--total-timesteps is less than --train-frequency, or than --resume's run has had already")
+    if args.total_timesteps <= args.learning_starts:
+        fail(f"--total-timesteps {args.total_timesteps} is no more than --learning-starts {args.learning_starts}")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -215,7 +218,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
 def flatten_parameters(module):
     """Move all parameters into one flat vector, and their gradients into its .grad; returns the vector.
 
-    The module works as before, each parameter a view of its stretch of the vector. But one kernel now clips all
+    The module works as before, each parameter a view of its stretch of the vector. But one kernel now zeroes all
     gradients and one steps all weights: in networks this small, the number of kernels is what an update costs.
     """
     parameters = list(module.parameters())
@@ -261,16 +264,17 @@ def linear_schedule(start, end, duration, step):
 
 
 def td_targets(rewards, next_values, terminated, gamma):
-    """What a step showed its action to be worth: r + gamma * max over a' of Q(s', a') (Mnih et al., 2015, algorithm 1).
+    """What a step showed its action to be worth: r + gamma * Q(s', a') (Mnih et al., 2015, algorithm 1).
 
-    next_values: of the states that the steps led to. After a terminal state nothing follows, so the target is the
-    reward alone. A time limit is no such end: the target of a truncated step bootstraps like any other.
+    next_values: Q(s', a') of the best action a' in the state s' that the step led to. After a terminal state nothing
+    follows, so the target is the reward alone. A time limit is no such end: the target of a truncated step bootstraps
+    like any other.
     """
     return rewards + gamma * (1 - terminated) * next_values
 
 
 def td_loss(values, targets):
-    """Mean squared error, but beyond an error of 1 linear: the paper clips the gradient there, against outliers."""
+    """Half the mean squared error, but beyond an error of 1 linear: the paper clips the gradient there."""
     return nn.functional.smooth_l1_loss(values, targets)
 
 
@@ -340,8 +344,9 @@ def train(args, run_folder):
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
 
     observations, _ = envs.reset(seed=env_seeds)
-    explore, by_chance = np.zeros(args.num_envs, dtype=bool), np.zeros(args.num_envs, dtype=np.int64)
+    chance = rng.integers(n_actions, size=args.num_envs)  # the random action that each is at, or -1: the network acts
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
+    size = (args.train_frequency // args.num_envs, args.num_envs)
     finished, losses = [], {}  # (return, length) of each episode that ended since the last point of the curves
     exploration_steps = args.exploration_fraction * args.total_timesteps
     last_checkpoint = 0.0
@@ -356,13 +361,11 @@ def train(args, run_folder):
             # 1. Act, epsilon-greedily, and remember what happened.
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             layers = numpy_layers(agent.q_network)
-            size = (args.train_frequency // args.num_envs, args.num_envs)
             draws, random_actions = rng.random(size) * args.explore_duration, rng.integers(n_actions, size=size)
             for draw, random_action in zip(draws, random_actions):
                 # Who acts, chance or the network, is drawn anew with probability 1 / explore_duration, else it goes on.
-                explore = np.where(draw < 1, draw < epsilon, explore)
-                by_chance = np.where(draw < 1, random_action, by_chance)
-                actions = np.where(explore, by_chance, act(layers, observations))
+                chance = np.where(draw < 1, np.where(draw < epsilon, random_action, -1), chance)
+                actions = np.where(chance < 0, act(layers, observations), chance)
                 position = global_step % args.buffer_size
                 rows = buffer[position : position + args.num_envs]
                 rows[:, :n_observations] = observations
@@ -389,7 +392,7 @@ def train(args, run_folder):
                 if global_step % args.target_network_frequency < args.train_frequency:
                     target_parameters.lerp_(parameters, args.tau)
 
-            # 3. Statistics, read now and then: nothing else makes the host wait for the device.
+            # 3. Statistics, read now and then: the host has to wait for the device to read them.
             bar.update(args.train_frequency)
             is_last = iteration == num_iterations - 1
             if global_step % CURVE_STEPS < args.train_frequency or is_last:
@@ -404,6 +407,7 @@ def train(args, run_folder):
                     bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
                     finished.clear()
                 writer.add_scalar("charts/SPS", (bar.n - bar.initial) / bar.format_dict["elapsed"], global_step)
+                writer.flush()  # else TensorBoard's thread writes while the agent acts, and takes the GIL at every step
 
             tenth = (iteration + 1) * 10 // num_iterations
             if args.capture_video and tenth > iteration * 10 // num_iterations:
@@ -513,7 +517,7 @@ def start_run(args):
     if args.track:
         import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")

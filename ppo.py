@@ -88,8 +88,9 @@ def parse_args(argv=None):
     parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
-    flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
-    flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
+    either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--exp-name", default="ppo", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=int, default=1, help="seed of everything random; environment i starts at seed + i")
@@ -135,18 +136,20 @@ def parse_args(argv=None):
         high = {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not low <= value <= high):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
-    batch_size = args.num_envs * args.num_steps
-    args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if args.num_envs % WORLD_SIZE or (args.evaluate and WORLD_SIZE > 1):
         fail(f"torchrun is for training, and its {WORLD_SIZE} processes must divide --num-envs {args.num_envs}")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        fail("--render goes with --evaluate, and needs a display")
+    if args.evaluate:
+        return args  # the rest is about training
+    batch_size = args.num_envs * args.num_steps
+    args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size // WORLD_SIZE % args.num_minibatches or batch_size == args.num_minibatches:
         share = "num_envs * num_steps" + f" / {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         fail(f"--num-minibatches must cut {share} = {batch_size // WORLD_SIZE} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -213,7 +216,7 @@ def layer_init(layer, std=2**0.5):
 def flatten_parameters(module):
     """Move all parameters into one flat vector, and their gradients into its .grad; returns the vector.
 
-    The module works as before, each parameter a view of its stretch of the vector. But one kernel now clips all
+    The module works as before, each parameter a view of its stretch of the vector. But one kernel now zeroes all
     gradients and one steps all weights: in networks this small, the number of kernels is what an update costs.
     """
     parameters = list(module.parameters())
@@ -609,7 +612,7 @@ def start_run(args):
     if args.track:
         import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")

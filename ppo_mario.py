@@ -93,8 +93,9 @@ def parse_args(argv=None):
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     whole_game = "SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0, the whole game"
     flag("--env-id", type=with_version, default="SuperMarioBros-1-1-v0", help=whole_game)
-    flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
-    flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
+    either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--rom", metavar="PATH", help="the game's .nes file; without it that of the package gym-super-mario-bros")
     flag("--exp-name", default="ppo_mario", help="name of this experiment, part of the run folder's name")
@@ -142,18 +143,20 @@ def parse_args(argv=None):
         low, high = name in at_least_one, {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not low <= value <= high):
             fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
-    batch_size = args.num_envs * args.num_steps
-    args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if args.num_envs % WORLD_SIZE or (args.evaluate and WORLD_SIZE > 1):
         fail(f"torchrun is for training, and its {WORLD_SIZE} processes must divide --num-envs {args.num_envs}")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        fail("--render goes with --evaluate, and needs a display")
+    if args.evaluate:
+        return args  # the rest is about training
+    batch_size = args.num_envs * args.num_steps
+    args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if batch_size // WORLD_SIZE % args.num_minibatches or batch_size == args.num_minibatches:
         share = "num_envs * num_steps" + f" / {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
         fail(f"--num-minibatches must cut {share} = {batch_size // WORLD_SIZE} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -966,7 +969,7 @@ def start_run(args):
     if args.track:
         import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")

@@ -95,8 +95,9 @@ def parse_args(argv=None):
     flag("--env-id", default="FrozenLake-v1", help="environment: any with discrete observations and actions")
     flag("--map-name", choices=["4x4", "8x8"], help="map of FrozenLake")
     flag("--is-slippery", action=switch, help="whether the ice of FrozenLake slips")
-    flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
-    flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
+    either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--exp-name", default="q_learning", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=int, default=1, help="seed of everything random")
@@ -409,7 +410,7 @@ def start_run(args):
     if args.track:
         import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")

@@ -86,8 +86,9 @@ def parse_args(argv=None):
     parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
-    flag("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
-    flag("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
+    either = parser.add_mutually_exclusive_group().add_argument
+    either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
+    either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
     flag("--render", action=switch, default=False, help="with --evaluate: play in a window")
     flag("--exp-name", default="reinforce", help="name of this experiment, part of the run folder's name")
     flag("--seed", type=int, default=1, help="seed of everything random; environment i starts at seed + i")
@@ -125,12 +126,14 @@ def parse_args(argv=None):
         for number in value if isinstance(value, list) else [value]:
             if number == "" or (isinstance(number, int | float) and not low <= number <= high):
                 fail(f"--{name.replace('_', '-')} {number!r} is not between {low:d} and {high}")
-    args.n_training_episodes -= args.n_training_episodes % args.num_envs  # whole updates: what will really be trained
-    if args.n_training_episodes < max(args.num_envs, checkpoint.get("episodes", 0)):
-        fail(f"--n-training-episodes is less than one update's {args.num_envs}, or than --resume's run has had already")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if args.render and not (args.evaluate and has_display):
         fail("--render goes with --evaluate, and needs a display")
+    if args.evaluate:
+        return args  # the rest is about training
+    args.n_training_episodes -= args.n_training_episodes % args.num_envs  # whole updates: what will really be trained
+    if args.n_training_episodes < max(args.num_envs, checkpoint.get("episodes", 0)):
+        fail(f"--n-training-episodes is less than one update's {args.num_envs}, or than --resume's run has had already")
     for name, value in checkpoint.get("args", {}).items():
         if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
             fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
@@ -597,7 +600,7 @@ def start_run(args):
     if args.track:
         import wandb
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not args.resume:  # the text of this file, or of a notebook's cell, which Python keeps as well
+    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
         (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")

@@ -120,6 +120,9 @@ def test_a_random_action_is_kept_for_a_while_and_epsilon_stays_the_share_of_them
         assert (chance < 999).mean() == pytest.approx(0.3, abs=0.03)
         kept = [len([*group]) for row in chance for action, group in groupby(row) if action < 999]
         assert np.mean(kept) == pytest.approx(duration, rel=0.1)
+    all_by_chance = flags.replace("0.3", "1").replace("40000", "400").replace("39999", "399")
+    actions = [row["action"] for row in buffer_of(f"{all_by_chance} 200", tmp_path)]
+    assert np.mean(np.array(actions) == 999) < 0.02  # from the first step on
 
 
 def test_the_target_network_follows_every_so_many_steps(monkeypatch):
