@@ -67,8 +67,10 @@ msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
-# What differs from the plain defaults below, per environment. Flags on the command line win over the row.
-CARTPOLE = dict(total_timesteps=80_000, learning_rate=1e-3, anneal_lr=True, num_envs=4, reward_scale=0.1, tau=0.05)
+# What differs from the plain defaults below, per environment. Flags on the command line win over the row. The reward
+# scales keep most errors below 1, where the loss is quadratic: beyond, the end of an episode, CartPole's fall or the
+# 100 points for LunarLander's rest, would count for less than it is.
+CARTPOLE = dict(total_timesteps=80_000, learning_rate=1e-3, anneal_lr=True, num_envs=4, reward_scale=0.02, tau=0.05)
 CARTPOLE |= dict(buffer_size=100_000, target_network_frequency=16, batch_size=64, end_e=0.01, exploration_fraction=0.1)
 CARTPOLE |= dict(learning_starts=1_000, train_frequency=16, gradient_steps=8)
 ACROBOT = dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128], tau=0.01)
@@ -78,8 +80,7 @@ ACROBOT |= dict(learning_starts=1_000, train_frequency=8, gradient_steps=4)
 MOUNTAIN_CAR = dict(total_timesteps=240_000, learning_rate=4e-3, anneal_lr=True, num_envs=4, h_size=[128, 128])
 MOUNTAIN_CAR |= dict(buffer_size=100_000, gamma=0.98, target_network_frequency=600, exploration_fraction=0.2)
 MOUNTAIN_CAR |= dict(explore_duration=20, learning_starts=1_000, train_frequency=16, gradient_steps=8)
-# A reward scale that keeps nearly all errors below 1, where the loss is quadratic: beyond, the 100 points for coming to
-# rest would count for less than they are. And a gamma with which values that are too high do not keep each other up.
+# Here gamma is low enough that values that are too high do not keep each other up.
 LUNAR_LANDER = dict(total_timesteps=600_000, learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128])
 LUNAR_LANDER |= dict(reward_scale=0.01, gamma=0.98, tau=0.01, buffer_size=200_000, target_network_frequency=8)
 LUNAR_LANDER |= dict(end_e=0.02, exploration_fraction=0.05, learning_starts=5_000, train_frequency=8, gradient_steps=2)
