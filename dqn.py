@@ -77,9 +77,9 @@ ACROBOT = dict(total_timesteps=200_000, learning_rate=1e-3, anneal_lr=True, num_
 ACROBOT |= dict(buffer_size=100_000, target_network_frequency=8, exploration_fraction=0.1, reward_scale=0.1)
 ACROBOT |= dict(learning_starts=1_000, train_frequency=8, gradient_steps=4)
 # To be found by chance, MountainCar's goal takes long runs in one direction.
-MOUNTAIN_CAR = dict(total_timesteps=240_000, learning_rate=4e-3, anneal_lr=True, num_envs=4, h_size=[128, 128])
-MOUNTAIN_CAR |= dict(buffer_size=100_000, gamma=0.98, target_network_frequency=600, exploration_fraction=0.2)
-MOUNTAIN_CAR |= dict(explore_duration=20, learning_starts=1_000, train_frequency=16, gradient_steps=8)
+MOUNTAIN_CAR = dict(total_timesteps=200_000, learning_rate=5e-4, anneal_lr=True, num_envs=4, h_size=[128, 128])
+MOUNTAIN_CAR |= dict(buffer_size=100_000, target_network_frequency=64, exploration_fraction=0.2, explore_duration=20)
+MOUNTAIN_CAR |= dict(learning_starts=1_000, train_frequency=16, gradient_steps=8, reward_scale=0.02)
 # Here gamma is low enough that values that are too high do not keep each other up.
 LUNAR_LANDER = dict(total_timesteps=600_000, learning_rate=1e-3, anneal_lr=True, num_envs=8, h_size=[128, 128])
 LUNAR_LANDER |= dict(reward_scale=0.01, gamma=0.98, tau=0.01, buffer_size=200_000, target_network_frequency=8)

@@ -38,7 +38,7 @@ FRESH = tuple(range(101, 121))  # had no part in the choice of settings
 TASKS = {  # what the README's table calls it, the command, the seeds
     "dqn-cartpole": ("CartPole-v1", "dqn.py", range(221, 241)),
     "dqn-acrobot": ("Acrobot-v1", "dqn.py --env-id Acrobot-v1", FRESH[:5]),
-    "dqn-mountaincar": ("MountainCar-v0", "dqn.py --env-id MountainCar-v0", range(111, 116)),
+    "dqn-mountaincar": ("MountainCar-v0", "dqn.py --env-id MountainCar-v0", range(116, 121)),
     "dqn-lunarlander": ("LunarLander-v2", "dqn.py --env-id LunarLander-v2", range(141, 161)),
     "ppo-cartpole": ("CartPole-v1", "ppo.py", FRESH),
     "ppo-acrobot": ("Acrobot-v1", "ppo.py --env-id Acrobot-v1", FRESH),
