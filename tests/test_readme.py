@@ -96,7 +96,7 @@ def test_what_takes_seconds_runs(command, shell, tmp_path):
 
 
 def test_the_python_runs(finished):
-    cell, loading = (block for language, block in BLOCKS if language == "python")
+    loading, cell = (block for language, block in BLOCKS if language == "python")
     ppo = importlib.import_module("ppo")
     agent, _ = ppo.load_agent(finished("ppo.py"))
     for code, names in ((cell, {**vars(ppo), "agent": agent}), (loading, {})):
