@@ -347,7 +347,7 @@ def train(args, run_folder):
     observations, _ = envs.reset(seed=env_seeds)
     chance = rng.integers(n_actions, size=args.num_envs)  # the random action that each is at, or -1: the network acts
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
-    size = (args.train_frequency // args.num_envs, args.num_envs)
+    round_size = (args.train_frequency // args.num_envs, args.num_envs)  # steps between two rounds of gradient steps
     finished, losses = [], {}  # (return, length) of each episode that ended since the last point of the curves
     exploration_steps = args.exploration_fraction * args.total_timesteps
     last_checkpoint = 0.0
@@ -362,7 +362,8 @@ def train(args, run_folder):
             # 1. Act, epsilon-greedily, and remember what happened.
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             layers = numpy_layers(agent.q_network)
-            draws, random_actions = rng.random(size) * args.explore_duration, rng.integers(n_actions, size=size)
+            draws = rng.random(round_size) * args.explore_duration
+            random_actions = rng.integers(n_actions, size=round_size)
             for draw, random_action in zip(draws, random_actions):
                 # Who acts, chance or the network, is drawn anew with probability 1 / explore_duration, else it goes on.
                 chance = np.where(draw < 1, np.where(draw < epsilon, random_action, -1), chance)
