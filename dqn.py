@@ -34,7 +34,6 @@ import io
 import json
 import linecache
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -63,6 +62,7 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration 
 CURVE_STEPS = 1000  # environment steps between two points of the curves
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 NEW_ON_RESUME = {"resume", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
+IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -95,10 +95,10 @@ TUNED = {
 
 def parse_args(argv=None):
     """Read the flags: the command line wins over a saved run's flags or the TUNED row, those over the defaults here."""
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0], add_help=False)
-    parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
+    about = dict(usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(SCRIPT, description=__doc__.splitlines()[0], add_help=False, **about)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--env-id", default="CartPole-v1", help="environment: any with vector observations and discrete actions")
+    flag("--env-id", type=full_id, default="CartPole-v1", help="any with vector observations and discrete actions")
     either = parser.add_mutually_exclusive_group().add_argument
     either("--resume", metavar="RUN_FOLDER", help="go on from the checkpoint of an interrupted run, with its flags")
     either("--evaluate", metavar="SOURCE", help="no training: score and film a run folder, a Hub repo id, or 'random'")
@@ -131,68 +131,52 @@ def parse_args(argv=None):
     flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
 
-    argv = argv if argv is not None else [] if in_notebook() else sys.argv[1:]  # a kernel's own arguments are not ours
+    argv = argv if argv is not None else [] if IN_NOTEBOOK else sys.argv[1:]  # a kernel's own arguments are not ours
     known, _ = parser.parse_known_args(argv)  # --env-id, --resume and --evaluate decide the defaults of all the others
     flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
+    saved = checkpoint.get("args", TUNED.get(known.env_id, {}))
     if known.evaluate and known.evaluate != "random":
         saved = open_package(known.evaluate, known.env_id)[1]
-    else:
-        saved = checkpoint.get("args", TUNED.get(full_id(known.env_id), {}))
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & hyperparameters_of(known).keys()})
     args = parser.parse_args(argv)
-    args.env_id = full_id(args.env_id)
 
-    shares = ("gamma", "tau", "start_e", "end_e", "exploration_fraction")
     for name, value in vars(args).items():
-        low = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
-        high = 1 if name in shares else 10**6 if name == "n_eval_episodes" else 2**63 - 1
+        least = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
         for number in value if isinstance(value, list) else [value]:
-            if number == "" or (isinstance(number, int | float) and not low <= number <= high):
-                fail(f"--{name.replace('_', '-')} {number!r} is not between {low:d} and {high}")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
+            if isinstance(number, int | float) and not least <= number < 2**63:
+                parser.error(f"--{name.replace('_', '-')} must be a number from {least:d} on, not {number}")
+        if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
+            parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
+    if args.render and not args.evaluate:
+        parser.error("--render goes with --evaluate")
     if args.evaluate:
         return args  # the rest is about training
     if args.train_frequency % args.num_envs or args.buffer_size % args.num_envs:
-        fail(f"--train-frequency and --buffer-size must be multiples of --num-envs {args.num_envs}")
+        parser.error(f"--train-frequency and --buffer-size must be multiples of --num-envs {args.num_envs}")
     args.total_timesteps -= args.total_timesteps % args.train_frequency  # whole iterations: what will really be trained
-    if args.total_timesteps < max(args.train_frequency, checkpoint.get("global_step", 0)):
-        fail("--total-timesteps is less than --train-frequency, or than --resume's run has had already")
-    if args.total_timesteps <= args.learning_starts:
-        fail(f"--total-timesteps {args.total_timesteps} is no more than --learning-starts {args.learning_starts}")
-    for name, value in checkpoint.get("args", {}).items():
-        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
-            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
+    if args.total_timesteps < checkpoint.get("global_step", 0) or args.total_timesteps <= args.learning_starts:
+        parser.error("--total-timesteps is less than --resume's run has had already, or ends before --learning-starts")
     return args
 
 
 # --- The environment -------------------------------------------------------------------------------------------------
 
-# Names that leaderboards and model cards know, and the version that Gymnasium has of them now. The defaults did not
-# change: v3 of LunarLander widened the observation bounds and fixed resets, v4 of Taxi changed rare modes only.
-RETIRED = {"LunarLander-v2": "LunarLander-v3", "Taxi-v3": "Taxi-v4"}
+# The name that leaderboards and model cards know. What v3 changed is the observation bounds and how it resets.
+gym.registry.setdefault("LunarLander-v2", dataclasses.replace(gym.spec("LunarLander-v3"), id="LunarLander-v2"))
 
 
 def full_id(env_id):
     """An id with its version: CartPole-v1, the newest, for CartPole; LunarLander-v2, which leaderboards know."""
-    for retired in RETIRED:
-        if retired.startswith(f"{env_id}-v"):
-            return retired
-    namespace, name, version = gym.envs.registration.parse_env_id(env_id)
-    newest = gym.envs.registration.find_highest_version(namespace, name)
-    return f"{env_id}-v{newest}" if version is None and newest is not None else env_id
+    return next((known for known in reversed(gym.registry) if known.rpartition("-v")[0] == env_id), env_id)
 
 
 def make_env(env_id, render_mode=None):
     """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script."""
     if render_mode == "rgb_array":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
-    spec = gym.registry.get(env_id)
-    if spec is None and env_id in RETIRED:
-        spec = dataclasses.replace(gym.spec(RETIRED[env_id]), id=env_id)
-    env = gym.make(spec or env_id, render_mode=render_mode, disable_env_checker=True)
+    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
         raise gym.error.Error(f"{env_id}: this script needs discrete actions, and its are {env.action_space}")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -201,8 +185,6 @@ def make_env(env_id, render_mode=None):
 
 
 # --- The agent -------------------------------------------------------------------------------------------------------
-
-
 class Agent(nn.Module, PyTorchModelHubMixin):
     """The network: from observations (B, n_observations) to the values Q(s, a) of all actions, (B, n_actions)."""
 
@@ -257,8 +239,6 @@ def make_policy(agent):
 
 
 # --- The math --------------------------------------------------------------------------------------------------------
-
-
 def linear_schedule(start, end, duration, step):
     """Epsilon falls linearly from start to end within so many steps, and stays there."""
     return end if step >= duration else start + (end - start) * step / duration
@@ -280,8 +260,6 @@ def td_loss(values, targets):
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
 def update(agent, target, parameters, optimizer, minibatch, args):
     """One gradient step on a minibatch: the Bellman update of q_learning.py, for a network. target: an older agent.
 
@@ -352,9 +330,9 @@ def train(args, run_folder):
     exploration_steps = args.exploration_fraction * args.total_timesteps
     last_checkpoint = 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
-    logs = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}
+    logs = {"log_dir": run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
-        SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
+        SummaryWriter(**logs) as writer,
         progress_bar(args.total_timesteps, global_step, "step") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -398,17 +376,15 @@ def train(args, run_folder):
             bar.update(args.train_frequency)
             is_last = iteration == num_iterations - 1
             if global_step % CURVE_STEPS < args.train_frequency or is_last:
-                for name, value in losses.items():
-                    writer.add_scalar(f"losses/{name}", float(value), global_step)
-                writer.add_scalar("charts/epsilon", epsilon, global_step)
-                writer.add_scalar("charts/learning_rate", learning_rate, global_step)
+                curves = {f"losses/{name}": value.item() for name, value in losses.items()}
+                curves |= {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate}
                 if finished:  # the means over the episodes that ended since the last point
-                    mean_return, mean_length = np.mean(finished, axis=0)
-                    writer.add_scalar("charts/episodic_return", mean_return, global_step)
-                    writer.add_scalar("charts/episodic_length", mean_length, global_step)
-                    bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
+                    curves["charts/episodic_return"], curves["charts/episodic_length"] = np.mean(finished, axis=0)
+                    bar.set_postfix_str(f"return {curves['charts/episodic_return']:.2f}", refresh=False)
                     finished.clear()
-                writer.add_scalar("charts/SPS", (bar.n - bar.initial) / bar.format_dict["elapsed"], global_step)
+                curves["charts/SPS"] = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+                for name, value in curves.items():
+                    writer.add_scalar(name, value, global_step)
                 writer.flush()  # else TensorBoard's thread writes while the agent acts, and takes the GIL at every step
 
             tenth = (iteration + 1) * 10 // num_iterations
@@ -425,7 +401,7 @@ def train(args, run_folder):
 
 def progress_bar(total, done, unit):
     """tqdm's bar; where stderr is no terminal and no notebook, its text as a plain line every ten seconds."""
-    if sys.stderr.isatty() or in_notebook():
+    if sys.stderr.isatty() or IN_NOTEBOOK:
         return tqdm(total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
     lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
     return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=lines, mininterval=10, miniters=1, ncols=0)
@@ -443,25 +419,28 @@ def load_checkpoint(run_folder):
     """The last checkpoint of a run, as a dict. Nothing in the file can run."""
     try:
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
+        return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        fail(f"--resume {run_folder}: its checkpoint.pt was not loaded ({type(error).__name__})")
-    return checkpoint if script == SCRIPT else fail(f"--resume {run_folder}: that is a run of {script}")
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({type(error).__name__})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
-
-
-def evaluate_agent(env, policy, seeds):
+def evaluate_agent(env, policy, seeds, film=None):
     """Play one episode per seed; returns the mean and the standard deviation of their returns.
 
     policy: a function observation -> action. Returns are undiscounted sums of the environment's own rewards.
+    film: a writer of imageio's for the frames; where a step is several, the environment's `render` returns a list.
     """
     episode_returns = []
     for seed in seeds:
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
-        while not done:
+        while True:
+            rendered = env.render() if film else []
+            for frame in rendered if isinstance(rendered, list) else [rendered]:
+                film.append_data(frame)
+            if done:
+                break
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -470,22 +449,10 @@ def evaluate_agent(env, policy, seeds):
 
 
 def record_video(env, policy, path, seed=None):
-    """Film one episode as H.264, which plays in every browser, at the environment's own frame rate.
-
-    env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
-    """
+    """Film one episode as H.264, which plays in every browser. env: made with render_mode="rgb_array"."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="quiet") as film:
-        observation, _ = env.reset(seed=seed)
-        done = False
-        while True:
-            rendered = env.render()
-            for frame in rendered if isinstance(rendered, list) else [rendered]:
-                film.append_data(frame)
-            if done:
-                break
-            observation, _, terminated, truncated, _ = env.step(policy(observation))
-            done = terminated or truncated
+        evaluate_agent(env, policy, [seed], film)
 
 
 def score_and_film(env, policy, seeds, folder=None):
@@ -496,7 +463,7 @@ def score_and_film(env, policy, seeds, folder=None):
     msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
-        if in_notebook():
+        if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
@@ -504,27 +471,31 @@ def score_and_film(env, policy, seeds, folder=None):
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
-
-
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
+    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
     folder.mkdir(parents=True)
     return folder
 
 
 def start_run(args):
-    """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    """Check --repo-id, make the run folder with this script in its package, or take --resume's; say what it is for."""
+    if args.repo_id:
+        HfApi().whoami()
+        args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
+        HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
     if args.track:
         import wandb
+
+        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
-        (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
+    script = run_folder / "hub" / SCRIPT
+    script.parent.mkdir(exist_ok=True)
+    if not script.exists():  # the text of this file, or of a notebook's cell, which Python keeps, too
+        script.write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
-    if args.track:
-        wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
 
@@ -545,7 +516,6 @@ def package_to_hub(run_folder, args, results):
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
     (partial / "README.md").write_text(model_card(args, results))
-    shutil.copy(run_folder / SCRIPT, partial)
     for file in partial.iterdir():  # only now, when all is written
         os.replace(file, package / file.name)  # which has the logs already
     partial.rmdir()
@@ -556,7 +526,8 @@ def package_to_hub(run_folder, args, results):
         try:
             url = HfApi().upload_folder(repo_id=args.repo_id, folder_path=package, delete_patterns="logs/*").repo_url
         except (HTTPError, OSError, RuntimeError, KeyboardInterrupt) as error:
-            fail(f"not pushed: {str(error) or 'stopped'}; the package is complete, push it with: {command}", code=1)
+            why = " ".join(str(error).split()) or "stopped"
+            sys.exit(f"error: not pushed: {why}; the package is complete, push it with: {command}")
         msg.good(f"Pushed: {url}")
 
 
@@ -592,19 +563,16 @@ python {SCRIPT} --evaluate {repo_id}
 def open_package(source, trusted_env_id=None):
     """Find a package: a run folder's hub/, that folder itself, or a Hub repo id's. Returns its folder and its flags.
 
-    The flags are at least the env_id. An environment of a module could run any code, so it must be the trusted one.
+    An environment of a module could run any code, so it must be the trusted one.
     """
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
-    flags = json.loads(files[0].read_text(errors="replace")) if files else None
-    env_id = flags.get("env_id") if isinstance(flags, dict) else None
-    if not isinstance(env_id, str):
-        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
-    if ":" in env_id and env_id != trusted_env_id:
-        fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
-    return folder, hyperparameters_of(SimpleNamespace(**flags))
+    file = folder / "hyperparameters.json"
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
+    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+        raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
+    return folder, flags
 
 
 def load_agent(source, env_id=None, render_mode=None):
@@ -615,73 +583,45 @@ def load_agent(source, env_id=None, render_mode=None):
     try:
         return Agent.from_pretrained(package, strict=True, **sizes), env
     except (SafetensorError, RuntimeError, TypeError, AttributeError) as error:
-        fail(f"{source}: the model does not fit {env.spec.id}: {error!s:.300}")
+        raise OSError(f"{source}: the model does not fit {env.spec.id}: {error!s:.300}") from error
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, code=2):
-    """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
-    line = "error: " + " ".join(str(message).split())
-    print(line, file=sys.stderr)
-    if in_notebook():  # there is no exit code, and SystemExit would show three lines more
-        stop = RuntimeError(line)
-        stop._render_traceback_ = list  # IPython shows what this returns: nothing
-        raise stop
-    sys.exit(code)
-
-
-def in_notebook():
-    """Whether this runs in an IPython kernel (Jupyter, Colab)."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-
-
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
-        if not in_notebook():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-            # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-            threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
+        render_mode = "human" if args.render else "rgb_array"
+        if args.evaluate and args.evaluate != "random":
+            agent, env = load_agent(args.evaluate, args.env_id, render_mode)
+            policy = make_policy(agent)
+        else:
+            env = make_env(args.env_id, render_mode)  # what is wrong with it is said now
+            env.action_space.seed(args.seed)
+            policy = lambda _: env.action_space.sample()  # noqa: E731
         if args.evaluate:
-            render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":
-                env = make_env(args.env_id, render_mode)
-                env.action_space.seed(args.seed)
-                policy = lambda _: env.action_space.sample()  # noqa: E731
-            else:
-                agent, env = load_agent(args.evaluate, args.env_id, render_mode)
-                policy = make_policy(agent)
             return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
-        env = make_env(args.env_id, "rgb_array")  # what is wrong with it is said now
-        if args.repo_id:  # and the right to write there is checked now, too
-            HfApi().whoami()
-            args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
-            HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
+        run_folder = start_run(args)
         if args.env_id not in TUNED:
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
-        run_folder = start_run(args)
         agent, global_step = train(args, run_folder)
-        policy = make_policy(agent)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
-        results = score_and_film(env, policy, seeds, partial)
-        copy.deepcopy(agent).save_pretrained(partial)  # a copy, for parameters that are no views of one vector
+        results = score_and_film(env, make_policy(agent), seeds, partial)
         results["scored_with"] = "the actions of the highest value, on seeds that training never used"
-        results |= {"env_name": args.env_id, "global_step": global_step}
-        package_to_hub(run_folder, args, results)
+        copy.deepcopy(agent).save_pretrained(partial)  # a copy, for parameters that are no views of one vector
+        package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
-        fail(f"{hub}{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
+        why = " ".join(str(error).split()) or "stopped"
+        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

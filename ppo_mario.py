@@ -42,7 +42,6 @@ import linecache
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -74,11 +73,14 @@ CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration 
 FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 NEW_ON_RESUME = {"resume", "rom", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
-# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
-# the same weights and take the same steps, along the mean of their gradients. Only process 0 writes.
-torchrun = os.environ if "TORCHELASTIC_RUN_ID" in os.environ else {}
-RANK, WORLD_SIZE = int(torchrun.get("RANK", 0)), int(torchrun.get("WORLD_SIZE", 1))
+IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
+# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
+# the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+if dist.is_torchelastic_launched():
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    EXPECTED += (RuntimeError,)  # when another process has died
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -88,8 +90,8 @@ TUNED = {"SuperMarioBros-v0": dict(total_timesteps=10_000_000)}  # the whole gam
 
 def parse_args(argv=None):
     """Read the flags: the command line wins over a saved run's flags or the TUNED row, those over the defaults here."""
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0], add_help=False)
-    parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
+    about = dict(usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(SCRIPT, description=__doc__.splitlines()[0], add_help=False, **about)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
     whole_game = "SuperMarioBros-<world>-<stage>-v0, or SuperMarioBros-v0, the whole game"
     flag("--env-id", type=with_version, default="SuperMarioBros-1-1-v0", help=whole_game)
@@ -127,39 +129,34 @@ def parse_args(argv=None):
     flag("--deterministic-eval", action=switch, default=False, help="score the most probable actions, or sampled ones")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
 
-    argv = argv if argv is not None else [] if in_notebook() else sys.argv[1:]  # a kernel's own arguments are not ours
+    argv = argv if argv is not None else [] if IN_NOTEBOOK else sys.argv[1:]  # a kernel's own arguments are not ours
     known, _ = parser.parse_known_args(argv)  # --env-id, --resume and --evaluate decide the defaults of all the others
     flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
+    saved = checkpoint.get("args", TUNED.get(known.env_id, {}))
     if known.evaluate and known.evaluate != "random":
         saved = open_package(known.evaluate, known.env_id)[1]
-    else:
-        saved = checkpoint.get("args", TUNED.get(known.env_id, {}))
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & {"rom", *hyperparameters_of(known)}})
     args = parser.parse_args(argv)
 
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
     for name, value in vars(args).items():
-        low, high = name in at_least_one, {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
-        if value == "" or (isinstance(value, int | float) and not low <= value <= high):
-            fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
-    if args.num_envs % WORLD_SIZE or (args.evaluate and WORLD_SIZE > 1):
-        fail(f"torchrun is for training, and its {WORLD_SIZE} processes must divide --num-envs {args.num_envs}")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
+        least = name in at_least_one
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            parser.error(f"--{name.replace('_', '-')} must be a number from {least:d} on, not {value}")
+        if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
+            parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
+    if (args.render and not args.evaluate) or (args.evaluate and WORLD_SIZE > 1):
+        parser.error("--render goes with --evaluate, which is for one process")
     if args.evaluate:
         return args  # the rest is about training
     batch_size = args.num_envs * args.num_steps
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
-    if batch_size // WORLD_SIZE % args.num_minibatches or batch_size == args.num_minibatches:
-        share = "num_envs * num_steps" + f" / {WORLD_SIZE} processes" * (WORLD_SIZE > 1)
-        fail(f"--num-minibatches must cut {share} = {batch_size // WORLD_SIZE} into equal parts of 2 or more")
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
-        fail(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
-    for name, value in checkpoint.get("args", {}).items():
-        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
-            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
+        parser.error(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
+    parts = WORLD_SIZE * args.num_minibatches
+    if args.num_envs % WORLD_SIZE or batch_size % parts or batch_size == parts:
+        parser.error(f"--num-envs {args.num_envs} and --num-minibatches must cut a batch into {parts} equal parts")
     return args
 
 
@@ -492,8 +489,6 @@ def make_worker_env(*args):
 
 
 # --- The agent -------------------------------------------------------------------------------------------------------
-
-
 class Agent(nn.Module, PyTorchModelHubMixin):
     """Convolutional features of the screen, and on them the actor's logits and the critic's estimate of the return.
 
@@ -561,8 +556,6 @@ def make_policy(agent, deterministic=False, seed=0):
 
 
 # --- The math --------------------------------------------------------------------------------------------------------
-
-
 def compute_gae(rewards, values, dones, last_value, gamma, gae_lambda):
     """Generalized Advantage Estimation (Schulman et al., 2016, equations 11, 12 and 16).
 
@@ -608,36 +601,11 @@ def standardise(advantages):
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
-def meet():
-    """Wait for torchrun's other processes. From then on, a stop lets process 0 say how to go on."""
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(torchrun["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    for number in (signal.SIGINT, signal.SIGTERM) if RANK == 0 else ():
-        signal.signal(number, signal.default_int_handler)
-
-
-def exchange(collective, *args):
-    """Call a function of torch.distributed, unless this process is alone."""
-    try:
-        if WORLD_SIZE > 1:
-            collective(*args)
-    except RuntimeError as error:
-        raise OSError(f"torchrun's processes have lost one another ({error!s:.200})") from error
-
-
-def average(tensor):
-    """The mean over all processes, in place."""
-    exchange(dist.all_reduce, tensor)
-    return tensor.div_(WORLD_SIZE) if WORLD_SIZE > 1 else tensor
-
-
 def gather(items):
-    """The items of all processes in one list."""
+    """The items of all torchrun's processes in one list."""
     lists = [items] * WORLD_SIZE
-    exchange(dist.all_gather_object, lists, items)
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(lists, items)
     return [item for items in lists for item in items]
 
 
@@ -658,11 +626,10 @@ def update(agent, optimizer, minibatch, args):
 
     optimizer.zero_grad()
     loss.backward()
-    if WORLD_SIZE > 1:
-        grads = [parameter.grad for parameter in agent.parameters()]
-        mean = average(torch.cat([grad.flatten() for grad in grads]))
-        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
-            grad.copy_(part.view_as(grad))
+    if WORLD_SIZE > 1:  # the mean over all processes
+        mean = nn.utils.parameters_to_vector(parameter.grad for parameter in agent.parameters())
+        dist.all_reduce(mean)
+        nn.utils.vector_to_parameters(mean / WORLD_SIZE, (parameter.grad for parameter in agent.parameters()))
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}
@@ -677,7 +644,7 @@ def train(args, run_folder):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for this process
     threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
     rng = np.random.default_rng(args.seed)  # everything random after that, in all processes alike: actions, minibatches
     num_envs = args.num_envs // WORLD_SIZE
@@ -719,11 +686,11 @@ def train(args, run_folder):
     episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
-    logs, no_one = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}, contextlib.nullcontext()
+    logs = {"log_dir": run_folder and run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
         ending_workers(halves),
-        no_one if RANK else SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
-        no_one if RANK else progress_bar(num_iterations * batch_size, global_step, "step") as bar,
+        contextlib.nullcontext() if RANK else SummaryWriter(**logs) as writer,
+        contextlib.nullcontext() if RANK else progress_bar(args.total_timesteps, global_step, "step") as bar,
     ):
         if RANK == 0:
             writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -783,33 +750,29 @@ def train(args, run_folder):
                 log_ratio = new_log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
                 losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()
-                if args.target_kl is not None and average(losses["approx_kl"]) > args.target_kl:
+                if args.target_kl is not None and np.mean(gather([losses["approx_kl"].item()])) > args.target_kl:
                     break
             torch.set_num_threads(1)
 
             # 4. Statistics, of the last minibatch and read once per iteration: so far nothing but --target-kl has made
             #    the host wait for the device.
             finished = gather(finished)
-            means = average(torch.tensor([float(value) for value in losses.values()])).tolist()
-            all_returns, all_values = np.concatenate(gather([(returns, values)]), axis=-1)
             if RANK > 0:
                 continue
-            for name, value in zip(losses, means):
-                writer.add_scalar(f"losses/{name}", value, global_step)
-            explained_variance = 1 - np.var(all_returns - all_values) / max(np.var(all_returns), 1e-8)
-            writer.add_scalar("losses/explained_variance", explained_variance, global_step)
-            writer.add_scalar("charts/learning_rate", learning_rate, global_step)
-            if finished:
+            curves = {f"losses/{name}": value.item() for name, value in losses.items()}
+            curves["losses/explained_variance"] = 1 - np.var(returns - values) / max(np.var(returns), 1e-8)
+            curves["charts/learning_rate"] = learning_rate
+            if finished:  # of the episodes that ended in this iteration, but the flags of the last hundred
                 ended_returns, ended_lengths, ended_x, ended_flags = np.array(finished, dtype=float).T
                 recent.extend(zip(ended_returns.tolist(), ended_flags.tolist()))
-                mean_return, flag_rate = np.mean(recent, axis=0)
-                writer.add_scalar("charts/episodic_return", ended_returns.mean(), global_step)
-                writer.add_scalar("charts/episodic_length", ended_lengths.mean(), global_step)
-                writer.add_scalar("charts/furthest_x", ended_x.max(), global_step)
-                writer.add_scalar("charts/flag_rate", flag_rate, global_step)
+                mean_return, curves["charts/flag_rate"] = np.mean(recent, axis=0)
+                curves |= {"charts/episodic_return": ended_returns.mean(), "charts/furthest_x": ended_x.max()}
+                curves["charts/episodic_length"] = ended_lengths.mean()
                 bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
             bar.update(batch_size)
-            writer.add_scalar("charts/SPS", (bar.n - bar.initial) / bar.format_dict["elapsed"], global_step)
+            curves["charts/SPS"] = (bar.n - bar.initial) / bar.format_dict["elapsed"]
+            for name, value in curves.items():
+                writer.add_scalar(name, value, global_step)
             writer.flush()  # else TensorBoard's thread writes during the rollout, and takes the GIL at every step of it
 
             tenth = (iteration + 1) * 10 // num_iterations
@@ -867,7 +830,7 @@ def ending_workers(halves):
 
 def progress_bar(total, done, unit):
     """tqdm's bar; where stderr is no terminal and no notebook, its text as a plain line every ten seconds."""
-    if sys.stderr.isatty() or in_notebook():
+    if sys.stderr.isatty() or IN_NOTEBOOK:
         return tqdm(total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
     lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
     return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=lines, mininterval=10, miniters=1, ncols=0)
@@ -885,25 +848,28 @@ def load_checkpoint(run_folder):
     """The last checkpoint of a run, as a dict. Nothing in the file can run."""
     try:
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
+        return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        fail(f"--resume {run_folder}: its checkpoint.pt was not loaded ({type(error).__name__})")
-    return checkpoint if script == SCRIPT else fail(f"--resume {run_folder}: that is a run of {script}")
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({type(error).__name__})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
-
-
-def evaluate_agent(env, policy, seeds):
+def evaluate_agent(env, policy, seeds, film=None):
     """Play one episode per seed; returns the mean and the standard deviation of their returns.
 
     policy: a function observation -> action. Returns are undiscounted sums of the environment's own rewards.
+    film: a writer of imageio's for the frames; where a step is several, the environment's `render` returns a list.
     """
     episode_returns = []
     for seed in seeds:
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
-        while not done:
+        while True:
+            rendered = env.render() if film else []
+            for frame in rendered if isinstance(rendered, list) else [rendered]:
+                film.append_data(frame)
+            if done:
+                break
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -912,22 +878,10 @@ def evaluate_agent(env, policy, seeds):
 
 
 def record_video(env, policy, path, seed=None):
-    """Film one episode as H.264, which plays in every browser, at the environment's own frame rate.
-
-    env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
-    """
+    """Film one episode as H.264, which plays in every browser. env: made with render_mode="rgb_array"."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="quiet") as film:
-        observation, _ = env.reset(seed=seed)
-        done = False
-        while True:
-            rendered = env.render()
-            for frame in rendered if isinstance(rendered, list) else [rendered]:
-                film.append_data(frame)
-            if done:
-                break
-            observation, _, terminated, truncated, _ = env.step(policy(observation))
-            done = terminated or truncated
+        evaluate_agent(env, policy, [seed], film)
 
 
 def score_and_film(env, policy, seeds, folder=None):
@@ -938,7 +892,7 @@ def score_and_film(env, policy, seeds, folder=None):
     msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
-        if in_notebook():
+        if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
@@ -954,27 +908,31 @@ def score_with_flags(env, policy, seeds, folder=None):
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
-
-
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
+    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
     folder.mkdir(parents=True)
     return folder
 
 
 def start_run(args):
-    """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    """Check --repo-id, make the run folder with this script in its package, or take --resume's; say what it is for."""
+    if args.repo_id:
+        HfApi().whoami()
+        args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
+        HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
     if args.track:
         import wandb
+
+        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
-        (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
+    script = run_folder / "hub" / SCRIPT
+    script.parent.mkdir(exist_ok=True)
+    if not script.exists():  # the text of this file, or of a notebook's cell, which Python keeps, too
+        script.write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
-    if args.track:
-        wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
 
@@ -995,7 +953,6 @@ def package_to_hub(run_folder, args, results):
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
     (partial / "README.md").write_text(model_card(args, results))
-    shutil.copy(run_folder / SCRIPT, partial)
     for file in partial.iterdir():  # only now, when all is written
         os.replace(file, package / file.name)  # which has the logs already
     partial.rmdir()
@@ -1006,7 +963,8 @@ def package_to_hub(run_folder, args, results):
         try:
             url = HfApi().upload_folder(repo_id=args.repo_id, folder_path=package, delete_patterns="logs/*").repo_url
         except (HTTPError, OSError, RuntimeError, KeyboardInterrupt) as error:
-            fail(f"not pushed: {str(error) or 'stopped'}; the package is complete, push it with: {command}", code=1)
+            why = " ".join(str(error).split()) or "stopped"
+            sys.exit(f"error: not pushed: {why}; the package is complete, push it with: {command}")
         msg.good(f"Pushed: {url}")
 
 
@@ -1042,19 +1000,16 @@ python {SCRIPT} --evaluate {repo_id}
 def open_package(source, trusted_env_id=None):
     """Find a package: a run folder's hub/, that folder itself, or a Hub repo id's. Returns its folder and its flags.
 
-    The flags are at least the env_id. An environment of a module could run any code, so it must be the trusted one.
+    An environment of a module could run any code, so it must be the trusted one.
     """
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
-    flags = json.loads(files[0].read_text(errors="replace")) if files else None
-    env_id = flags.get("env_id") if isinstance(flags, dict) else None
-    if not isinstance(env_id, str):
-        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
-    if ":" in env_id and env_id != trusted_env_id:
-        fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
-    return folder, hyperparameters_of(SimpleNamespace(**flags))
+    file = folder / "hyperparameters.json"
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
+    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+        raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
+    return folder, flags
 
 
 def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None):
@@ -1064,91 +1019,65 @@ def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None)
     try:
         agent = Agent.from_pretrained(package, strict=True, n_actions=len(ACTION_SETS[action_set]))
     except (SafetensorError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        fail(f"{source}: the model does not fit the action set {action_set}: {error!s:.300}")
+        raise OSError(f"{source}: the model does not fit the action set {action_set}: {error!s:.300}") from error
     return agent, make_env(env_id or flags["env_id"], action_set, rom, render_mode)
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, code=2):
-    """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
-    line = "error: " + " ".join(str(message).split())
-    print(line, file=sys.stderr)
-    if in_notebook():  # there is no exit code, and SystemExit would show three lines more
-        stop = RuntimeError(line)
-        stop._render_traceback_ = list  # IPython shows what this returns: nothing
-        raise stop
-    sys.exit(code)
-
-
-def in_notebook():
-    """Whether this runs in an IPython kernel (Jupyter, Colab)."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-
-
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a kill is a Ctrl-C; of torchrun's processes, only 0 answers it
+        signal.signal(number, signal.SIG_DFL if RANK else signal.default_int_handler)
+    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
-        if WORLD_SIZE > 1:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until they have met, and all but process 0, end at once
-        elif not in_notebook():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        if not in_notebook():
-            # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-            threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
-        if RANK > 0:  # process 0 speaks for all: it comes to `meet` when it has found no mistake
+        if RANK > 0:
             sys.stdout = io.StringIO()
-            meet()
+            dist.init_process_group()  # this waits for process 0, which comes when it has found no mistake
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
-        if args.evaluate:
-            render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":
-                env = make_env(args.env_id, args.action_set, args.rom, render_mode)
-                env.action_space.seed(args.seed)
-                policy = lambda _: env.action_space.sample()  # noqa: E731
-            else:
-                agent, env = load_agent(args.evaluate, args.env_id, args.action_set, args.rom, render_mode)
-                policy = make_policy(agent, args.deterministic_eval, args.seed)
-            with contextlib.closing(env):
-                folder = None if args.render else new_folder(args, "evaluate")
-                return score_with_flags(env, policy, seeds, folder)
+        options = {
+            "action_set": args.action_set,
+            "rom": args.rom,
+            "render_mode": "human" if args.render else "rgb_array",
+        }
+        if args.evaluate and args.evaluate != "random":
+            agent, env = load_agent(args.evaluate, args.env_id, **options)
+            policy = make_policy(agent, args.deterministic_eval, args.seed)
+        else:
+            env = make_env(args.env_id, **options)  # what is wrong with it is said now
+            env.action_space.seed(args.seed)
+            policy = lambda _: env.action_space.sample()  # noqa: E731
+        with contextlib.closing(env):
+            if args.evaluate:
+                return score_with_flags(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
-        make_env(args.env_id, args.action_set, args.rom).close()  # what is wrong with it is said now
-        if args.repo_id and RANK == 0:  # and the right to write there is checked now, too
-            HfApi().whoami()
-            args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
-            HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
-        run_folder = start_run(args) if RANK == 0 else None
-        if WORLD_SIZE > 1 and RANK == 0:
-            meet()
+        if RANK == 0:
+            run_folder = start_run(args)
+            if WORLD_SIZE > 1:
+                dist.init_process_group()
         agent, global_step = train(args, run_folder)
         if RANK > 0:
             return agent
-        policy = make_policy(agent, args.deterministic_eval, args.seed)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
-        with contextlib.closing(make_env(args.env_id, args.action_set, args.rom, "rgb_array")) as env:
+        with contextlib.closing(make_env(args.env_id, **options)) as env:
+            policy = make_policy(agent, args.deterministic_eval, args.seed)
             results = score_with_flags(env, policy, seeds, partial)
-        agent.save_pretrained(partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
         flags = f"{results['flag_rate']:.0%} of them came to the flag"
         results["scored_with"] = f"{actions} actions, from the game's one start; {flags}"
-        results |= {"env_name": args.env_id, "global_step": global_step}
-        package_to_hub(run_folder, args, results)
+        agent.save_pretrained(partial)
+        package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
-        if WORLD_SIZE > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)  # torchrun's, while we leave
-            time.sleep(5 if RANK else 0)  # in most cases process 0 says the same
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)  # torchrun's, while we leave
+        time.sleep(5 * (RANK > 0))  # in most cases process 0 says the same
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
-        fail(f"{hub}{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
+        why = " ".join(str(error).split()) or "stopped"
+        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

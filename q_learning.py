@@ -35,7 +35,6 @@ import os
 import pickle
 import pickletools
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -61,8 +60,8 @@ CARD_TAGS = ["q-learning", "reinforcement-learning", "custom-implementation"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the episode under way
 CURVE_EPISODES = 250  # episodes between two points of the curves, which show the means over as many
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, json.JSONDecodeError, OSError)
-EXPECTED += (pickle.UnpicklingError,)
 NEW_ON_RESUME = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track"}
+IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
@@ -89,10 +88,10 @@ LAKES = {
 
 def parse_args(argv=None):
     """Read the flags: the command line wins over a saved run's flags or the TUNED row, those over the defaults here."""
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0], add_help=False)
-    parser.formatter_class, parser.allow_abbrev, parser.error = argparse.ArgumentDefaultsHelpFormatter, False, fail
+    about = dict(usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(SCRIPT, description=__doc__.splitlines()[0], add_help=False, **about)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--env-id", default="FrozenLake-v1", help="environment: any with discrete observations and actions")
+    flag("--env-id", type=full_id, default="FrozenLake-v1", help="any with discrete observations and actions")
     flag("--map-name", choices=["4x4", "8x8"], help="map of FrozenLake")
     flag("--is-slippery", action=switch, help="whether the ice of FrozenLake slips")
     either = parser.add_mutually_exclusive_group().add_argument
@@ -112,60 +111,49 @@ def parse_args(argv=None):
     flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
 
-    argv = argv if argv is not None else [] if in_notebook() else sys.argv[1:]  # a kernel's own arguments are not ours
+    argv = argv if argv is not None else [] if IN_NOTEBOOK else sys.argv[1:]  # a kernel's own arguments are not ours
     known, _ = parser.parse_known_args(argv)  # --env-id, --resume and --evaluate decide the defaults of all the others
-    parser.set_defaults(**LAKES.get(full_id(known.env_id), {}))
+    parser.set_defaults(**LAKES.get(known.env_id, {}))
     known, _ = parser.parse_known_args(argv)  # now with the map and the ice, which are part of the environment's name
     flag("-h", "--help", action="help", help="show this, with the defaults for --env-id, and exit")
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
+    saved = checkpoint.get("args", TUNED.get(env_name(known), {}))
     if known.evaluate and known.evaluate != "random":
-        saved = load_model(known.evaluate, known.env_id)[1]
-    else:
-        saved = checkpoint.get("args", TUNED.get(env_name(known), {}))
+        saved = {"map_name": None, "is_slippery": None} | open_package(known.evaluate, known.env_id)[1]
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & hyperparameters_of(known).keys()})
     args = parser.parse_args(argv)
-    args.env_id = full_id(args.env_id)
 
     for name, value in vars(args).items():
-        low = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
-        is_share = name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon")
-        high = 1 if is_share else 10**6 if name == "n_eval_episodes" else 2**63 - 1
-        if value == "" or (isinstance(value, int | float) and not low <= value <= high):
-            fail(f"--{name.replace('_', '-')} {value!r} is not between {low:d} and {high}")
-    if args.n_training_episodes < checkpoint.get("episode", 0):
-        fail(f"--n-training-episodes is less than --resume's run has had already, {checkpoint['episode']}")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if args.render and not (args.evaluate and has_display):
-        fail("--render goes with --evaluate, and needs a display")
-    for name, value in checkpoint.get("args", {}).items():
-        if name not in NEW_ON_RESUME and getattr(args, name, value) != value:
-            fail(f"--{name.replace('_', '-')} cannot change on --resume: the run was started with {value}")
+        least = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
+        if isinstance(value, int | float) and not least <= value < 2**63:
+            parser.error(f"--{name.replace('_', '-')} must be a number from {least:d} on, not {value}")
+        if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
+            parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
+    if args.render and not args.evaluate:
+        parser.error("--render goes with --evaluate")
     if args.env_id not in LAKES and (args.map_name or args.is_slippery is not None):
-        fail(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")
+        parser.error(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")
+    if args.n_training_episodes < checkpoint.get("episode", 0):
+        parser.error(f"--n-training-episodes is less than --resume's run has had already, {checkpoint['episode']}")
     return args
 
 
 def env_name(args):
     """What the course's leaderboard calls the environment of these flags, such as FrozenLake-v1-4x4-no_slippery."""
     ice = "-no_slippery" if args.is_slippery is False else ""
-    return full_id(args.env_id) + (f"-{args.map_name}" if args.map_name else "") + ice
+    return args.env_id + (f"-{args.map_name}" if args.map_name else "") + ice
 
 
 # --- The environment -------------------------------------------------------------------------------------------------
 
-# Names that leaderboards and model cards know, and the version that Gymnasium has of them now. The defaults did not
-# change: v3 of LunarLander widened the observation bounds and fixed resets, v4 of Taxi changed rare modes only.
-RETIRED = {"LunarLander-v2": "LunarLander-v3", "Taxi-v3": "Taxi-v4"}
+# The name that leaderboards and model cards know. What v4 changed is two modes that are off by default.
+if "Taxi-v4" in gym.registry:
+    gym.registry.setdefault("Taxi-v3", dataclasses.replace(gym.spec("Taxi-v4"), id="Taxi-v3"))
 
 
 def full_id(env_id):
     """An id with its version: CartPole-v1, the newest, for CartPole; LunarLander-v2, which leaderboards know."""
-    for retired in RETIRED:
-        if retired.startswith(f"{env_id}-v"):
-            return retired
-    namespace, name, version = gym.envs.registration.parse_env_id(env_id)
-    newest = gym.envs.registration.find_highest_version(namespace, name)
-    return f"{env_id}-v{newest}" if version is None and newest is not None else env_id
+    return next((known for known in reversed(gym.registry) if known.rpartition("-v")[0] == env_id), env_id)
 
 
 def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mode=None):
@@ -177,10 +165,8 @@ def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mod
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
     options = {"map_name": map_name, "is_slippery": is_slippery, "max_episode_steps": max_steps}
     options = {name: value for name, value in options.items() if value is not None}
-    spec = gym.registry.get(env_id)
-    if spec is None and env_id in RETIRED:
-        spec = dataclasses.replace(gym.spec(RETIRED[env_id]), id=env_id)
-    env = gym.make(spec or env_id, render_mode=render_mode, disable_env_checker=True, **options)
+    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    env = gym.make(spec, render_mode=render_mode, disable_env_checker=True, **options)
     for kind, space in (("actions", env.action_space), ("observations", env.observation_space)):
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             raise gym.error.Error(f"{env_id}: a table needs discrete {kind}, and its are {space}")
@@ -189,8 +175,6 @@ def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mod
 
 
 # --- The agent -------------------------------------------------------------------------------------------------------
-
-
 def epsilon_greedy_policy(qtable, state, epsilon, rng):
     """With probability epsilon a random action, else a best one; of several best ones, any. This one trains.
 
@@ -213,16 +197,12 @@ def make_policy(agent):
 
 
 # --- The math --------------------------------------------------------------------------------------------------------
-
-
 def epsilon_at(episode, max_epsilon, min_epsilon, decay_rate):
     """Epsilon falls from max_epsilon towards min_epsilon: min + (max - min) * exp(-decay_rate * episode)."""
     return min_epsilon + (max_epsilon - min_epsilon) * math.exp(-decay_rate * episode)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
 def q_learning_update(qtable, state, action, reward, next_state, terminated, learning_rate, gamma):
     """The Bellman update of one step, in place (Sutton and Barto, 2018, equation 6.8).
 
@@ -258,9 +238,9 @@ def train(args, run_folder):
     learning_rate, gamma = args.learning_rate, args.gamma
     first_step, last_checkpoint = global_step, 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
-    logs = {"flush_secs": 2, "purge_step": global_step + 1 if args.resume else None}
+    logs = {"log_dir": run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
-        SummaryWriter(run_folder / "hub" / "logs", **logs) as writer,
+        SummaryWriter(**logs) as writer,
         progress_bar(args.n_training_episodes, first_episode, "episode") as bar,
     ):
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
@@ -282,12 +262,12 @@ def train(args, run_folder):
 
             is_last = episode + 1 == args.n_training_episodes
             if (episode + 1) % CURVE_EPISODES == 0 or is_last:
-                mean_return, mean_length = np.mean(recent, axis=0)
-                writer.add_scalar("charts/episodic_return", mean_return, global_step)
-                writer.add_scalar("charts/episodic_length", mean_length, global_step)
-                writer.add_scalar("charts/epsilon", epsilon, global_step)
-                writer.add_scalar("charts/SPS", (global_step - first_step) / bar.format_dict["elapsed"], global_step)
-                bar.set_postfix_str(f"return {mean_return:.2f}", refresh=False)
+                curves = dict(zip(("charts/episodic_return", "charts/episodic_length"), np.mean(recent, axis=0)))
+                curves["charts/epsilon"] = epsilon
+                curves["charts/SPS"] = (global_step - first_step) / bar.format_dict["elapsed"]
+                for name, value in curves.items():
+                    writer.add_scalar(name, value, global_step)
+                bar.set_postfix_str(f"return {curves['charts/episodic_return']:.2f}", refresh=False)
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or is_last:
                 state = dict(qtable=torch.tensor(qtable, dtype=torch.float64), rng=rng.getstate(), recent=[*recent])
                 save_checkpoint(run_folder, args, episode=episode + 1, global_step=global_step, **state)
@@ -301,7 +281,7 @@ def train(args, run_folder):
 
 def progress_bar(total, done, unit):
     """tqdm's bar; where stderr is no terminal and no notebook, its text as a plain line every ten seconds."""
-    if sys.stderr.isatty() or in_notebook():
+    if sys.stderr.isatty() or IN_NOTEBOOK:
         return tqdm(total=total, initial=done, unit=unit, unit_scale=True, dynamic_ncols=True)
     lines = SimpleNamespace(write=lambda text: text.strip() and print(text.strip(), file=sys.stderr), flush=int)
     return tqdm(total=total, initial=done, unit=unit, unit_scale=True, file=lines, mininterval=10, miniters=1, ncols=0)
@@ -319,10 +299,9 @@ def load_checkpoint(run_folder):
     """The last checkpoint of a run, as a dict. Nothing in the file can run."""
     try:
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
+        return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        fail(f"--resume {run_folder}: its checkpoint.pt was not loaded ({type(error).__name__})")
-    return checkpoint if script == SCRIPT else fail(f"--resume {run_folder}: that is a run of {script}")
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({type(error).__name__})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
@@ -343,16 +322,22 @@ def evaluation_seeds(args):
     return (TAXI_EVAL_SEED + seeds if args.env_id == "Taxi-v3" else seeds)[: args.n_eval_episodes]
 
 
-def evaluate_agent(env, policy, seeds):
+def evaluate_agent(env, policy, seeds, film=None):
     """Play one episode per seed; returns the mean and the standard deviation of their returns.
 
     policy: a function observation -> action. Returns are undiscounted sums of the environment's own rewards.
+    film: a writer of imageio's for the frames; where a step is several, the environment's `render` returns a list.
     """
     episode_returns = []
     for seed in seeds:
         observation, _ = env.reset(seed=seed)
         episode_return, done = 0.0, False
-        while not done:
+        while True:
+            rendered = env.render() if film else []
+            for frame in rendered if isinstance(rendered, list) else [rendered]:
+                film.append_data(frame)
+            if done:
+                break
             observation, reward, terminated, truncated, _ = env.step(policy(observation))
             episode_return += float(reward)
             done = terminated or truncated
@@ -361,22 +346,10 @@ def evaluate_agent(env, policy, seeds):
 
 
 def record_video(env, policy, path, seed=None):
-    """Film one episode as H.264, which plays in every browser, at the environment's own frame rate.
-
-    env: made with render_mode="rgb_array"; where a step is several frames, its `render` returns a list of them.
-    """
+    """Film one episode as H.264, which plays in every browser. env: made with render_mode="rgb_array"."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with imageio.get_writer(path, fps=env.metadata["render_fps"], macro_block_size=2, ffmpeg_log_level="quiet") as film:
-        observation, _ = env.reset(seed=seed)
-        done = False
-        while True:
-            rendered = env.render()
-            for frame in rendered if isinstance(rendered, list) else [rendered]:
-                film.append_data(frame)
-            if done:
-                break
-            observation, _, terminated, truncated, _ = env.step(policy(observation))
-            done = terminated or truncated
+        evaluate_agent(env, policy, [seed], film)
 
 
 def score_and_film(env, policy, seeds, folder=None):
@@ -387,7 +360,7 @@ def score_and_film(env, policy, seeds, folder=None):
     msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
         record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
-        if in_notebook():
+        if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
@@ -395,27 +368,31 @@ def score_and_film(env, policy, seeds, folder=None):
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
-
-
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
+    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
     folder.mkdir(parents=True)
     return folder
 
 
 def start_run(args):
-    """Make the run folder, with this script in it, or take --resume's; say what will be trained. Returns its path."""
+    """Check --repo-id, make the run folder with this script in its package, or take --resume's; say what it is for."""
+    if args.repo_id:
+        HfApi().whoami()
+        args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
+        HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
     if args.track:
         import wandb
+
+        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
-    if not (run_folder / SCRIPT).is_file():  # the text of this file, or of a notebook's cell, which Python keeps, too
-        (run_folder / SCRIPT).write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
+    script = run_folder / "hub" / SCRIPT
+    script.parent.mkdir(exist_ok=True)
+    if not script.exists():  # the text of this file, or of a notebook's cell, which Python keeps, too
+        script.write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
     msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
-    if args.track:
-        wandb.init(project="deep-rl", name=run_folder.name, config=hyperparameters_of(args), sync_tensorboard=True)
     return run_folder
 
 
@@ -436,7 +413,6 @@ def package_to_hub(run_folder, args, results):
     (partial / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (partial / "hyperparameters.json").write_text(json.dumps(hyperparameters_of(args), indent=2) + "\n")
     (partial / "README.md").write_text(model_card(args, results))
-    shutil.copy(run_folder / SCRIPT, partial)
     for file in partial.iterdir():  # only now, when all is written
         os.replace(file, package / file.name)  # which has the logs already
     partial.rmdir()
@@ -447,7 +423,8 @@ def package_to_hub(run_folder, args, results):
         try:
             url = HfApi().upload_folder(repo_id=args.repo_id, folder_path=package, delete_patterns="logs/*").repo_url
         except (HTTPError, OSError, RuntimeError, KeyboardInterrupt) as error:
-            fail(f"not pushed: {str(error) or 'stopped'}; the package is complete, push it with: {command}", code=1)
+            why = " ".join(str(error).split()) or "stopped"
+            sys.exit(f"error: not pushed: {why}; the package is complete, push it with: {command}")
         msg.good(f"Pushed: {url}")
 
 
@@ -483,115 +460,31 @@ python {SCRIPT} --evaluate {repo_id}
 def open_package(source, trusted_env_id=None):
     """Find a package: a run folder's hub/, that folder itself, or a Hub repo id's. Returns its folder and its flags.
 
-    The flags are at least the env_id. An environment of a module could run any code, so it must be the trusted one.
+    An environment of a module could run any code, so it must be the trusted one.
     """
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
-    flags = json.loads(files[0].read_text(errors="replace")) if files else None
-    env_id = flags.get("env_id") if isinstance(flags, dict) else None
-    if not isinstance(env_id, str):
-        fail(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
-    if ":" in env_id and env_id != trusted_env_id:
-        fail(f"{source}: its environment is of a module, which could run any code; if you trust it: --env-id {env_id}")
-    return folder, hyperparameters_of(SimpleNamespace(**flags))
+    file = folder / "hyperparameters.json"
+    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
+    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+        raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
+    return folder, flags
 
 
-# A pickle is a program for a small machine with a stack, and some of its instructions can run any code. A dict with
-# plain values and arrays of numbers takes only these, and only these names of what to call.
-PICKLE_INSTRUCTIONS = """
-    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
-    BINBYTES SHORT_BINBYTES BYTEARRAY8 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2
-    TUPLE3 BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD EMPTY_DICT"""
-PICKLE_NAMES = {"numpy.ndarray", "numpy.dtype", "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar"}
-PICKLE_NAMES |= {"numpy._core.numeric._frombuffer", "_codecs.encode"}
-PICKLE_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
-PICKLE_BYTES, PICKLE_STEPS = 2**26, 100_000  # no more, for the memory and the time that reading takes
+def read_q_table(path, n_states, n_actions):
+    """The table, (n_states, n_actions) float64, in a q-learning.pkl, the course's format.
 
-
-class TextKeys(dict):
-    """A dict with keys of text: the hash of tuples of tuples of tuples can take for ever."""
-
-    def __setitem__(self, key, value):
-        super().__setitem__("" + key, value)  # a TypeError for all but text
-
-
-class TableUnpickler(pickle._Unpickler):
-    """Python's own unpickler, the one that is written in Python, but it imports and calls nothing.
-
-    What is to be called is noted instead: its name, the arguments, and the state that the result is to be given.
+    A pickle is a program for a small machine, and can run any code. So none of it is run: the table is the one value
+    among the program's instructions that has as many bytes. Raises OSError where there is none.
     """
-
-    def find_class(self, module, name):
-        full_name = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # NumPy 1 has no underscore
-        if full_name not in PICKLE_NAMES:
-            raise pickle.UnpicklingError(f"it names {full_name[:80]!r}")
-        return SimpleNamespace(name=name, arguments=None, state=None)
-
-    def load_reduce(self):
-        arguments = self.stack.pop()
-        self.stack[-1] = SimpleNamespace(name=self.stack[-1].name, arguments=arguments, state=None)
-
-    def load_build(self):
-        state = self.stack.pop()
-        self.stack[-1].state = state
-
-    def load_empty_dict(self):
-        self.append(TextKeys())
-
-    dispatch = pickle._Unpickler.dispatch | {ord("R"): load_reduce, ord("b"): load_build, ord("}"): load_empty_dict}
-
-
-def rebuilt(noted):
-    """The array, or number, that TableUnpickler has noted."""
-    match noted:
-        case SimpleNamespace(name="_reconstruct", state=(_, (*shape,), dtype, is_fortran, data)):
-            order = "F" if is_fortran else "C"
-        case SimpleNamespace(name="_frombuffer", arguments=(data, dtype, (*shape,), "C" | "F" as order, *_)):
-            pass
-        case SimpleNamespace(name="scalar", arguments=(dtype, data)):
-            shape, order = [], "C"
-        case _:
-            raise pickle.UnpicklingError("there is something that is no array")
-    if isinstance(data, SimpleNamespace):
-        data = data.arguments[0].encode("latin1")  # how protocol 2 writes bytes
-    kind, byte_order = dtype.arguments[0], dtype.state[1]
-    if kind not in PICKLE_NUMBERS or byte_order not in ("<", ">", "|"):
-        raise pickle.UnpicklingError("an array does not hold numbers")
-    array = np.frombuffer(data, byte_order + kind).reshape(shape, order=order)  # refuses what does not fit
-    if list(array.shape) != shape:
-        raise pickle.UnpicklingError("an array has no shape")  # but a -1
-    return array.astype(array.dtype.newbyteorder("=")) if shape else array.item()
-
-
-def read_q_table(path):
-    """The course's model dict in a q-learning.pkl. Whoever made it, nothing in it runs. Raises UnpicklingError."""
-    allowed = set(PICKLE_INSTRUCTIONS.split())
-    with open(path, "rb") as file:
-        content = file.read(PICKLE_BYTES)
+    size = 8 * n_states * n_actions
     try:
-        for step, (instruction, _, _) in enumerate(pickletools.genops(content)):  # a wrong length is an error here
-            if step > PICKLE_STEPS or instruction.name not in allowed:
-                raise pickle.UnpicklingError(f"plain values do not take {instruction.name}, or {step:,} instructions")
-        model = TableUnpickler(io.BytesIO(content)).load()
-        for key, value in model.items():  # no array but the table, or one of 60 MB under 20,000 keys fills the memory
-            if key == "qtable" or (isinstance(value, SimpleNamespace) and value.name == "scalar"):
-                model[key] = rebuilt(value)
-        if model["qtable"].ndim != 2:
-            raise pickle.UnpicklingError("its 'qtable' is no table")
-        return model
-    except Exception as error:  # of many kinds, as anybody may have made the file
-        raise pickle.UnpicklingError(f"{path.name} was not loaded as a Q-table: {error!s:.150}") from error
-
-
-def load_model(source, env_id=None):
-    """The course's model dict in a package, and the package's flags, the environment's options among them."""
-    package, flags = open_package(source, env_id)
-    model = read_q_table(package / "q-learning.pkl")
-    map_name, max_steps = model.get("map_name"), model.get("max_steps")
-    is_slippery = model.get("slippery", True) if map_name else None  # the course leaves it out where the ice slips
-    return model, {"map_name": map_name, "is_slippery": is_slippery, "max_steps": max_steps} | flags
+        values = (value for _, value, _ in pickletools.genops(path.read_bytes()))
+        table = next(value for value in values if isinstance(value, bytes | bytearray) and len(value) == size)
+    except (ValueError, StopIteration) as error:
+        raise OSError(f"{path} holds no table for {n_states} states and {n_actions} actions") from error
+    return np.frombuffer(table).reshape(n_states, n_actions)
 
 
 def load_agent(source, env_id=None, render_mode=None, **options):
@@ -599,81 +492,51 @@ def load_agent(source, env_id=None, render_mode=None, **options):
 
     options: map_name, is_slippery, max_steps of an environment that is another in these.
     """
-    agent, flags = load_model(source, env_id)
-    options = {name: flags[name] for name in ("map_name", "is_slippery", "max_steps")} | options
+    package, flags = open_package(source, env_id)
+    options = {name: flags.get(name) for name in ("map_name", "is_slippery", "max_steps")} | options
     env = make_env(env_id or flags["env_id"], **options, render_mode=render_mode)
-    needed = (int(env.observation_space.n), int(env.action_space.n))
-    if agent["qtable"].shape != needed:
-        fail(f"{source}: the Q-table has shape {agent['qtable'].shape}, {env.spec.id} needs {needed}")
-    return agent, env
+    sizes = int(env.observation_space.n), int(env.action_space.n)
+    return {"qtable": read_q_table(package / "q-learning.pkl", *sizes)}, env
 
 
 # --- Main ------------------------------------------------------------------------------------------------------------
-
-
-def fail(message, code=2):
-    """Print one line to stderr and exit: code 2 for a mistake in the call, 1 for a failure later."""
-    line = "error: " + " ".join(str(message).split())
-    print(line, file=sys.stderr)
-    if in_notebook():  # there is no exit code, and SystemExit would show three lines more
-        stop = RuntimeError(line)
-        stop._render_traceback_ = list  # IPython shows what this returns: nothing
-        raise stop
-    sys.exit(code)
-
-
-def in_notebook():
-    """Whether this runs in an IPython kernel (Jupyter, Colab)."""
-    ipython = sys.modules.get("IPython")
-    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
-
-
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
-        if not in_notebook():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-            # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-            threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
         args = parse_args(argv)
         seeds = evaluation_seeds(args)
         options = {"map_name": args.map_name, "is_slippery": args.is_slippery, "max_steps": args.max_steps}
+        options["render_mode"] = "human" if args.render else "rgb_array"
+        if args.evaluate and args.evaluate != "random":
+            agent, env = load_agent(args.evaluate, args.env_id, **options)
+            policy = make_policy(agent)
+        else:
+            env = make_env(args.env_id, **options)  # what is wrong with it is said now
+            env.action_space.seed(args.seed)
+            policy = lambda _: env.action_space.sample()  # noqa: E731
         if args.evaluate:
-            render_mode = "human" if args.render else "rgb_array"
-            if args.evaluate == "random":
-                env = make_env(args.env_id, **options, render_mode=render_mode)
-                env.action_space.seed(args.seed)
-                policy = lambda _: env.action_space.sample()  # noqa: E731
-            else:
-                agent, env = load_agent(args.evaluate, args.env_id, render_mode, **options)
-                policy = make_policy(agent)
             return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
-        env = make_env(args.env_id, **options, render_mode="rgb_array")  # what is wrong with it is said now
-        if args.repo_id:  # and the right to write there is checked now, too
-            HfApi().whoami()
-            args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
-            HfApi().auth_check(args.repo_id, write=True)  # create_repo is content with somebody else's
-        name = env_name(args)
-        if name not in TUNED:
-            msg.warn(f"There are no tuned settings for {name}: the plain defaults hold")
         run_folder = start_run(args)
+        if env_name(args) not in TUNED:
+            msg.warn(f"There are no tuned settings for {env_name(args)}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
-        course = "the course's seeds" + (" and others" if len(seeds) > len(TAXI_EVAL_SEED) else "")
-        which_seeds = course if args.env_id == "Taxi-v3" else "seeds that training never used"
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         results = score_and_film(env, make_policy(agent), seeds, partial)
-        (partial / "q-learning.pkl").write_bytes(pickle.dumps(agent))  # the course's format
+        course = "the course's seeds" + (" and others" if len(seeds) > len(TAXI_EVAL_SEED) else "")
+        which_seeds = course if args.env_id == "Taxi-v3" else "seeds that training never used"
         results["scored_with"] = f"the best action by the table, on {which_seeds}"
-        results |= {"env_name": name, "global_step": global_step}
-        package_to_hub(run_folder, args, results)
+        (partial / "q-learning.pkl").write_bytes(pickle.dumps(agent))  # the course's format
+        package_to_hub(run_folder, args, results | {"env_name": env_name(args), "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
-        fail(f"{hub}{str(error) or 'stopped'}{f'; go on with: --resume {run_folder}' if can_resume else ''}", code)
+        why = " ".join(str(error).split()) or "stopped"
+        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":
