@@ -143,9 +143,10 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         least = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
+        most = 1 if name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction") else 2**63 - 1
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not least <= number < 2**63:
-                parser.error(f"--{name.replace('_', '-')} must be a number from {least:d} on, not {number}")
+            if isinstance(number, int | float) and not least <= number <= most:
+                parser.error(f"--{name.replace('_', '-')} {number} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
     if args.render and not args.evaluate:

@@ -142,8 +142,9 @@ def parse_args(argv=None):
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
     for name, value in vars(args).items():
         least = name in at_least_one
-        if isinstance(value, int | float) and not least <= value < 2**63:
-            parser.error(f"--{name.replace('_', '-')} must be a number from {least:d} on, not {value}")
+        most = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
+        if isinstance(value, int | float) and not least <= value <= most:
+            parser.error(f"--{name.replace('_', '-')} {value} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
     if (args.render and not args.evaluate) or (args.evaluate and WORLD_SIZE > 1):

@@ -76,10 +76,12 @@ def check_run(answer):
 
 
 def check_error(answer):
-    """A cell ended with one line."""
-    assert answer.traceback == "" and "Traceback" not in answer.stderr
-    assert answer.stderr.splitlines()[-1].startswith("error: ")
-    return answer.stderr.splitlines()[-1]
+    """A cell ended with one line, which is returned: IPython shows a SystemExit without a traceback."""
+    assert answer.traceback.startswith("An exception has occurred, use %tb to see the full traceback")
+    assert "Traceback" not in answer.stderr
+    line = answer.traceback.splitlines()[-1]
+    assert "SystemExit" in line
+    return re.sub(r"\x1b\[[\d;]*m", "", line)
 
 
 def test_the_kernel_s_own_arguments_are_not_the_script_s(kernel):

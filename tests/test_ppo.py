@@ -208,8 +208,9 @@ def test_the_score_is_of_a_fresh_environment_and_seeds_that_training_never_used(
     trained, evaluate_agent = [], ppo.evaluate_agent
 
     def evaluate_after_training(*args):
-        trained.extend(resets)
-        resets.clear()
+        if not trained:
+            trained.extend(resets)
+            resets.clear()
         return evaluate_agent(*args)
 
     monkeypatch.setattr(ppo, "evaluate_agent", evaluate_after_training)

@@ -132,12 +132,10 @@ def test_a_reloaded_agent_scores_what_the_packaged_one_did(flags):
     (hub / "hyperparameters.json").write_text(json.dumps(saved | old))
     assert q_learning.main(["--evaluate", str(hub)]) == score
     (hub / "hyperparameters.json").unlink()
-    model = q_learning.read_q_table(hub / "q-learning.pkl")
-    keys = COURSE_KEYS | ({"map_name"} if args.map_name else set())
-    keys |= {"slippery"} if args.is_slippery is False else set()  # where the ice slips, the course does not say so
-    (hub / "q-learning.pkl").write_bytes(pickle.dumps({key: model[key] for key in keys}))
-    more = ["--n-eval-episodes", str(args.n_eval_episodes), "--seed", str(args.seed)]
-    assert q_learning.main(["--evaluate", str(hub), *more]) == score
+    more = f"--n-eval-episodes {args.n_eval_episodes} --seed {args.seed} --max-steps {args.max_steps}"
+    if args.map_name:  # of the map and the ice, results.json says nothing
+        more += f" --map-name {args.map_name} --{'' if args.is_slippery else 'no-'}is-slippery"
+    assert q_learning.main(["--evaluate", str(hub), *more.split()]) == score
 
 
 def test_flags_change_the_ice_that_an_agent_is_evaluated_on():
@@ -159,15 +157,7 @@ def test_taxi_is_scored_on_the_course_s_seeds_in_order(resets):
 
 def load(content):
     Path("q-learning.pkl").write_bytes(content)
-    return q_learning.read_q_table(Path("q-learning.pkl"))
-
-
-def array_pickle(shape, data=bytes(16), dtype="f8"):
-    """A model dict whose qtable claims to be what is said here."""
-    reconstruct, arguments, _ = np.zeros(1).__reduce__()
-    call = Runs(reconstruct, *arguments)
-    call.call += ((1, shape, np.dtype(dtype), False, data),)
-    return pickle.dumps({"qtable": call}, 2)
+    return q_learning.read_q_table(Path("q-learning.pkl"), 2, 4)
 
 
 def hostile_pickles():
@@ -177,46 +167,18 @@ def hostile_pickles():
     for protocol in (0, 2, 4, 5):
         yield "a call", pickle.dumps(Runs(os.system, "touch marker"), protocol)
         yield "a call for a table", pickle.dumps({"qtable": Runs(eval, "open('marker', 'w')")}, protocol)
-        yield "a call deep inside", pickle.dumps({"qtable": np.eye(2), "x": [("x", [in_an_array[0]])]}, protocol)
         yield "a call in an array", pickle.dumps({"qtable": in_an_array}, protocol)
-    pointers = Runs(np.ndarray, (1,), np.dtype("O"), b"A" * 8)
-    yield "an array made of pointers", pickle.dumps({"qtable": Runs(np.ndarray, pointers, np.dtype("O"), b"A" * 8)})
-    for dtype in ("O", "V8", "U2", "S8", "M8[s]", "m8[s]", "c16", "g", [("x", "f8")], [("x", "O")], "2f8", "V0"):
-        yield f"dtype {dtype}", pickle.dumps({"qtable": np.zeros((1, 1), dtype)}, 4)
-        yield f"bytes of {dtype}", array_pickle((1, 1), bytes(8), dtype)
-    sides = ((2, 2), (1, 1), (-1, 2), (-1, -2), (2**62, 4), (2**63, 2**63), (2**2000, 2), (0, 2**70), (2, 1.0))
-    for shape in (*sides, ("a", 2), (2,), (), (1,) * 100, (1,) * 10**4, (2**62,) * 10**4, 2, None, [1, 3], ([1], 2)):
-        yield f"shape {shape!s:.40}", array_pickle(shape)
-    yield "text for bytes", array_pickle((1, 2), "x" * 16)
-
-    n, dtype = 33_000, b"cnumpy\ndtype\n"
-    yield "deep lists", b"\x80\x02" + b"]" * n + b"a" * (n - 1) + b"."
-    for start, use in ((b"}", b"K\x01s."), (b"", b"\x8c\x01x\x93."), (dtype, b"b.")):  # for a key, a name, a state
-        yield f"deep tuples and {use}", b"\x80\x02" + start + b")" + b"\x85" * n + use
-    for code in (b"R", b"b"):  # calls and states
-        yield f"deep {code}", b"\x80\x02" + dtype * n + code * (n - 1) + b"."
-    # Tuples of the same tuple twice, sixty deep: 2**60 of them to hash, or to show.
-    twice = b"\x80\x04])\x94a" + b"".join(b"h%ch%c\x86\x94a" % (n, n) for n in range(60))
-    yield "one for a key", twice + b"}h\x3cK\x01s."
-    yield "one for a name", twice + b"h\x3c\x8c\x01x\x93."
-    yield "one in a set", twice + b"\x8f(h\x3c\x90."
-    array = b"}\x8c\x06qtablecnumpy.core.multiarray\n_reconstruct\n)R(K\x01%b"
-    array += b"cnumpy\ndtype\n(\x8c\x02f8tR(K\x03%bNtb\x89%btbs."
-    for values in ((b"h\x3c", b"\x8c\x01<", b"C\x00"), (b")", b"h\x3c", b"C\x00"), (b")", b"\x8c\x01<", b"h\x3c")):
-        yield "one for a shape, an order, bytes", twice + array % values
-    yield "a huge place in the memo", b"\x80\x02]r\xff\xff\xff\x7f."
+        yield "a table of another size", pickle.dumps({"qtable": np.zeros((4, 4))}, protocol)
     for code in (b"\x96", b"\x8e", b"\x8d", b"\x95"):  # a bytearray, bytes, a text, a frame
         yield f"huge {code}", b"\x80\x05" + code + (2**37).to_bytes(8, "little") + b"."
     yield "a number of many digits", b"I" + b"9" * 10**6 + b"\n."
     yield "a long name", b"c" + b"x" * 10**6 + b"\n\x1b[2J\n."
-    yield "very many lists", b"\x80\x02" + b"]" * 10**7 + b"."
-    some = (b"K\x01Q", b"\x82\x01", b"(ios\nsystem\n", b"(cos\nsystem\nX\x01\x00\x00\x00xo", b"])b", b"\x87aeuR")
-    for content in (*some, b"cnumpy\nndarray\n)\x81", b"X\x01\x00\x00\x00x)R"):
-        yield f"instructions {content}", b"\x80\x02" + content + b"."
-    for content in (b"", b"garbage", b"\x80\x05.", *map(pickle.dumps, ([1], {}, {"qtable": 3}, {"qtable": [[0.0]]}))):
+    yield "very many lists", b"\x80\x02" + b"]" * 10**6 + b"."
+    for content in (b"", b"garbage", b"\x80\x05.", b"\x80\x02\x82\x01.", *map(pickle.dumps, ([1], {}, {"qtable": 3}))):
         yield f"no table: {content}", content
-    whole = pickle.dumps({"env_id": "FrozenLake-v1", "gamma": np.float64(0.95), "qtable": np.ones((2, 4))})
-    yield from ((f"a file that ends at {end}", whole[:end]) for end in range(0, len(whole), 3))
+    whole = pickle.dumps({"env_id": "FrozenLake-v1", "qtable": np.ones((2, 4))})
+    table = whole.index(np.ones((2, 4)).tobytes())
+    yield from ((f"a file that ends at {end}", whole[:end]) for end in range(0, table + 64, 3))
 
 
 def test_hostile_pickles_are_refused_and_nothing_runs_in_a_gibibyte():
@@ -228,9 +190,9 @@ def test_hostile_pickles_are_refused_and_nothing_runs_in_a_gibibyte():
         with open("outcomes", "w", buffering=1) as outcomes:
             for content in contents:
                 try:
-                    print("loaded", load(content).keys(), file=outcomes)
-                except pickle.UnpicklingError as error:
-                    print("refused" if len(str(error)) < 250 and str(error).isprintable() else error, file=outcomes)
+                    print("loaded", load(content).shape, file=outcomes)
+                except OSError:
+                    print("refused", file=outcomes)
                 except BaseException as error:
                     print(repr(error), file=outcomes)
         os._exit(0)
@@ -241,6 +203,13 @@ def test_hostile_pickles_are_refused_and_nothing_runs_in_a_gibibyte():
     assert not Path("marker").exists()
 
 
+def test_a_table_beside_a_call_loads_and_the_call_does_not_run():
+    content = pickle.dumps({"x": Runs(os.mkdir, "marker"), "qtable": TABLE})
+    assert np.array_equal(load(content), TABLE) and not Path("marker").exists()
+    pickle.loads(content)
+    assert Path("marker").exists()  # the file was as malicious as it claims
+
+
 # pickle.dumps of a model as the course builds it, written by NumPy 1.26.4 with Python's default protocol, 4.
 NUMPY_1_PICKLE = (
     "gASVLAEAAAAAAAB9lCiMBmVudl9pZJSMDUZyb3plbkxha2UtdjGUjAlldmFsX3NlZWSUXZSMDWxlYXJuaW5nX3JhdGWUjBVudW1weS5jb3JlLm"
@@ -249,33 +218,14 @@ NUMPY_1_PICKLE = (
     "AAAAAAAAAA8D8AAAAAAAAAQAAAAAAAAAhAAAAAAAAAEEAAAAAAAAAUQAAAAAAAABhAAAAAAAAAHECUdJRidS4="
 )
 TABLE = np.arange(8.0).reshape(2, 4)
-TABLES = [TABLE, np.asfortranarray(TABLE), TABLE.astype(">f8"), np.arange(16.0).reshape(4, 4)[::2], TABLE.astype("f4")]
-TABLES += [np.broadcast_to(np.arange(4.0), (2, 4)), TABLE.astype("u1"), TABLE.astype(int)]
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_tables_of_every_protocol_and_layout_load(protocol):
-    plain = {"env_id": "FrozenLake-v1", "eval_seed": [16, 300, 70_000, 2**40], "slippery": False, "map_name": None}
-    for table in TABLES:
-        numbers = {"learning_rate": np.float64(0.7), "n_eval_episodes": np.int64(100)}
-        pickled = pickle.dumps(plain | numbers | {"qtable": table}, protocol)
-        for content in (pickled, pickled.replace(b"numpy._core", b"numpy.core"))[: 2 if protocol < 4 else 1]:
-            model = load(content)
-            qtable = model.pop("qtable")
-            assert np.array_equal(qtable, table)
-            assert qtable.dtype == table.dtype.newbyteorder("=")
-            qtable += 1  # it can be trained on
-            assert model == plain | numbers and type(model["learning_rate"]) is float
-
-
-def test_an_array_under_many_names_takes_its_memory_once():
-    shared = np.zeros((100, 100))
-    model = load(pickle.dumps({"qtable": shared, **{f"name {i}": shared for i in range(1000)}}))
-    assert np.array_equal(model.pop("qtable"), shared)
-    assert len(model) == 1000 and len({id(value) for value in model.values()}) == 1
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_tables_of_every_protocol_load(protocol):
+    about = {"env_id": "FrozenLake-v1", "eval_seed": [16, 300, 70_000], "slippery": False, "gamma": np.float64(0.95)}
+    loaded = load(pickle.dumps(about | {"qtable": TABLE}, protocol))
+    assert np.array_equal(loaded, TABLE) and loaded.dtype == np.float64
 
 
 def test_a_table_of_numpy_1_loads():
-    model = load(base64.b64decode(NUMPY_1_PICKLE))
-    assert np.array_equal(model["qtable"], TABLE)
-    assert model["learning_rate"] == 0.7
+    assert np.array_equal(load(base64.b64decode(NUMPY_1_PICKLE)), TABLE)
