@@ -627,10 +627,9 @@ def update(agent, optimizer, minibatch, args):
 
     optimizer.zero_grad()
     loss.backward()
-    if WORLD_SIZE > 1:  # the mean over all processes
-        mean = nn.utils.parameters_to_vector(parameter.grad for parameter in agent.parameters())
-        dist.all_reduce(mean)
-        nn.utils.vector_to_parameters(mean / WORLD_SIZE, (parameter.grad for parameter in agent.parameters()))
+    for parameter in agent.parameters() if WORLD_SIZE > 1 else ():  # the mean over all processes
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= WORLD_SIZE
     nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
     losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}

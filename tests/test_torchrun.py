@@ -154,11 +154,11 @@ def test_two_launchers_meet_as_two_machines_would():
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [("--num-envs 3", "--num-envs 3"), ("--env-id Nope-v0", "Nope"), ("--evaluate random", "training")],
+    [("--num-envs 3", "--num-envs 3"), ("--env-id Nope-v0", "Nope"), ("--evaluate random", "one process")],
 )
 def test_a_mistake_is_told_once_before_training(flags, says):
     out, err, code = end(start("import ppo\nppo.main()", flags))
-    lines = re.findall("^error: .*", err, re.MULTILINE)
+    lines = re.findall(r"^(?:\w+\.py: )?error: .*", err, re.MULTILINE)
     assert code > 0 and out == "" and len(lines) == 1 and says in lines[0], err
     assert not Path("runs").exists()
 
@@ -189,7 +189,7 @@ def test_they_end_together_and_the_checkpoint_is_good(script, stop):
     _, err, code = end(process, seconds=25)
     assert code != 0
     assert ppo.torch.load(the_run() / "checkpoint.pt")["global_step"] > 0
-    lines = re.findall("^error: .*", err, re.MULTILINE)
+    lines = re.findall(r"^(?:\w+\.py: )?error: .*", err, re.MULTILINE)
     if stop != "process 0 dies":
         assert len(lines) == 1 and lines[0].endswith(f"; go on with: --resume {the_run()}"), err
         assert "Process Worker" not in err  # an emulator's traceback
