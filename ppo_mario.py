@@ -1073,6 +1073,8 @@ def main(argv=None):
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
+        if type(error) is RuntimeError and "peer" not in str(error):
+            raise  # not the end of another process, but a bug
         signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)  # torchrun's, while we leave
         time.sleep(5 * (RANK > 0))  # in most cases process 0 says the same
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
