@@ -143,14 +143,21 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         least = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
-        most = 1 if name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction") else 2**63 - 1
+        most = (
+            1
+            if name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction")
+            else 10**6
+            if name == "n_eval_episodes"
+            else 2**63 - 1
+        )
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not least <= number <= most:
-                parser.error(f"--{name.replace('_', '-')} {number} is not between {least:d} and {most}")
+            if number == "" or (isinstance(number, int | float) and not least <= number <= most):
+                parser.error(f"--{name.replace('_', '-')} {number!r} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
-    if args.render and not args.evaluate:
-        parser.error("--render goes with --evaluate")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        parser.error("--render goes with --evaluate, and needs a display")
     if args.evaluate:
         return args  # the rest is about training
     if args.train_frequency % args.num_envs or args.buffer_size % args.num_envs:
@@ -475,7 +482,7 @@ def score_and_film(env, policy, seeds, folder=None):
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
     return folder
 
@@ -489,7 +496,8 @@ def start_run(args):
     if args.track:
         import wandb
 
-        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+        wandb.init(project="deep-rl", name=name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
     script = run_folder / "hub" / SCRIPT
     script.parent.mkdir(exist_ok=True)
@@ -569,9 +577,11 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
-    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    if not files:  # the course's packages have results.json only
+        raise OSError(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
+    flags = json.loads(files[0].read_text(errors="replace"))
+    if ":" in str(flags.get("env_id")) and flags["env_id"] != trusted_env_id:
         raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
     return folder, flags
 
@@ -590,9 +600,10 @@ def load_agent(source, env_id=None, render_mode=None):
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+    if not IN_NOTEBOOK:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
         args = parse_args(argv)
@@ -622,7 +633,8 @@ def main(argv=None):
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         why = " ".join(str(error).split()) or "stopped"
-        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
+        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
+        sys.exit(f"error: {hub}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

@@ -142,13 +142,14 @@ def parse_args(argv=None):
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
     for name, value in vars(args).items():
         least = name in at_least_one
-        most = 1 if name in ("gamma", "gae_lambda") else 2**63 - 1
-        if isinstance(value, int | float) and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {least:d} and {most}")
+        most = {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
+        if value == "" or (isinstance(value, int | float) and not least <= value <= most):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
-    if (args.render and not args.evaluate) or (args.evaluate and WORLD_SIZE > 1):
-        parser.error("--render goes with --evaluate, which is for one process")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if (args.render and not (args.evaluate and has_display)) or (args.evaluate and WORLD_SIZE > 1):
+        parser.error("--render goes with --evaluate and needs a display, and --evaluate is for one process")
     if args.evaluate:
         return args  # the rest is about training
     batch_size = args.num_envs * args.num_steps
@@ -157,7 +158,7 @@ def parse_args(argv=None):
         parser.error(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     parts = WORLD_SIZE * args.num_minibatches
     if args.num_envs % WORLD_SIZE or batch_size % parts or batch_size == parts:
-        parser.error(f"--num-envs {args.num_envs} and --num-minibatches must cut a batch into {parts} equal parts")
+        parser.error(f"--num-envs and --num-minibatches must cut a batch into {parts} equal parts of 2 or more")
     return args
 
 
@@ -754,8 +755,8 @@ def train(args, run_folder):
                     break
             torch.set_num_threads(1)
 
-            # 4. Statistics, of the last minibatch and read once per iteration: so far nothing but --target-kl has made
-            #    the host wait for the device.
+            # 4. Statistics, of process 0's last minibatch and read once per iteration: in step 3 nothing but
+            #    --target-kl has made the host wait for the device.
             finished = gather(finished)
             if RANK > 0:
                 continue
@@ -911,7 +912,7 @@ def score_with_flags(env, policy, seeds, folder=None):
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
     return folder
 
@@ -925,7 +926,8 @@ def start_run(args):
     if args.track:
         import wandb
 
-        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+        wandb.init(project="deep-rl", name=name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
     script = run_folder / "hub" / SCRIPT
     script.parent.mkdir(exist_ok=True)
@@ -1005,9 +1007,11 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
-    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    if not files:  # the course's packages have results.json only
+        raise OSError(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
+    flags = json.loads(files[0].read_text(errors="replace"))
+    if ":" in str(flags.get("env_id")) and flags["env_id"] != trusted_env_id:
         raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
     return folder, flags
 
@@ -1026,10 +1030,11 @@ def load_agent(source, env_id=None, action_set=None, rom=None, render_mode=None)
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a kill is a Ctrl-C; of torchrun's processes, only 0 answers it
-        signal.signal(number, signal.SIG_DFL if RANK else signal.default_int_handler)
-    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+    if not IN_NOTEBOOK:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a kill is a Ctrl-C; of torchrun's processes, only 0 answers it
+            signal.signal(number, signal.SIG_DFL if RANK else signal.default_int_handler)
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
         if RANK > 0:
@@ -1073,13 +1078,15 @@ def main(argv=None):
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
-        if type(error) is RuntimeError and "peer" not in str(error):
+        if isinstance(error, RuntimeError) and not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise  # not the end of another process, but a bug
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)  # torchrun's, while we leave
+        if WORLD_SIZE > 1 and RANK == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, while we leave
         time.sleep(5 * (RANK > 0))  # in most cases process 0 says the same
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         why = " ".join(str(error).split()) or "stopped"
-        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
+        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
+        sys.exit(f"error: {hub}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

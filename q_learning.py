@@ -41,6 +41,7 @@ import threading
 import time
 from collections import deque
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,19 +120,27 @@ def parse_args(argv=None):
     checkpoint = load_checkpoint(known.resume) if known.resume else {}
     saved = checkpoint.get("args", TUNED.get(env_name(known), {}))
     if known.evaluate and known.evaluate != "random":
-        saved = {"map_name": None, "is_slippery": None} | open_package(known.evaluate, known.env_id)[1]
+        flags = open_package(known.evaluate, known.env_id)[1]
+        saved = {"map_name": None, "is_slippery": None} | LAKES.get(flags.get("env_id"), {}) | flags
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & hyperparameters_of(known).keys()})
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
         least = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
-        most = 1 if name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon") else 2**63 - 1
-        if isinstance(value, int | float) and not least <= value <= most:
-            parser.error(f"--{name.replace('_', '-')} {value} is not between {least:d} and {most}")
+        most = (
+            1
+            if name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon")
+            else 10**6
+            if name == "n_eval_episodes"
+            else 2**63 - 1
+        )
+        if value == "" or (isinstance(value, int | float) and not least <= value <= most):
+            parser.error(f"--{name.replace('_', '-')} {value!r} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
-    if args.render and not args.evaluate:
-        parser.error("--render goes with --evaluate")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        parser.error("--render goes with --evaluate, and needs a display")
     if args.env_id not in LAKES and (args.map_name or args.is_slippery is not None):
         parser.error(f"--map-name and --is-slippery belong to FrozenLake, not to {args.env_id}")
     if args.n_training_episodes < checkpoint.get("episode", 0):
@@ -372,7 +381,7 @@ def score_and_film(env, policy, seeds, folder=None):
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
     return folder
 
@@ -386,7 +395,8 @@ def start_run(args):
     if args.track:
         import wandb
 
-        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+        wandb.init(project="deep-rl", name=name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
     script = run_folder / "hub" / SCRIPT
     script.parent.mkdir(exist_ok=True)
@@ -466,24 +476,29 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
-    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    if not files:  # the course's packages have results.json only
+        raise OSError(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
+    flags = json.loads(files[0].read_text(errors="replace"))
+    if ":" in str(flags.get("env_id")) and flags["env_id"] != trusted_env_id:
         raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
     return folder, flags
 
 
 def read_q_table(path, n_states, n_actions):
-    """The table, (n_states, n_actions) float64, in a q-learning.pkl, the course's format.
+    """The table, (n_states, n_actions), in a q-learning.pkl: float64, as np.zeros makes it; pickle protocols 3 and 4.
 
     A pickle is a program for a small machine, and can run any code. So none of it is run: the table is the one value
-    among the program's instructions that has as many bytes. Raises OSError where there is none.
+    among the program's instructions that has as many bytes, behind the False of an array that is not Fortran's.
     """
-    size = 8 * n_states * n_actions
+    content, size = path.read_bytes(), 8 * n_states * n_actions
     try:
-        values = (value for _, value, _ in pickletools.genops(path.read_bytes()))
-        table = next(value for value in values if isinstance(value, bytes | bytearray) and len(value) == size)
-    except (ValueError, StopIteration) as error:
+        pairs = pairwise(pickletools.genops(content))
+        arrays = [value for (before, *_), (_, value, _) in pairs if before.name == "NEWFALSE" and type(value) is bytes]
+        (table,) = (array for array in arrays if len(array) == size)
+        if not any(value == "f8" for _, value, _ in pickletools.genops(content)):
+            raise ValueError("no float64")
+    except ValueError as error:
         raise OSError(f"{path} holds no table for {n_states} states and {n_actions} actions") from error
     return np.frombuffer(table).reshape(n_states, n_actions)
 
@@ -503,9 +518,10 @@ def load_agent(source, env_id=None, render_mode=None, **options):
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+    if not IN_NOTEBOOK:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
         args = parse_args(argv)
@@ -531,13 +547,14 @@ def main(argv=None):
         course = "the course's seeds" + (" and others" if len(seeds) > len(TAXI_EVAL_SEED) else "")
         which_seeds = course if args.env_id == "Taxi-v3" else "seeds that training never used"
         results["scored_with"] = f"the best action by the table, on {which_seeds}"
-        (partial / "q-learning.pkl").write_bytes(pickle.dumps(agent))  # the course's format
+        (partial / "q-learning.pkl").write_bytes(pickle.dumps(agent, protocol=4))  # the course's format
         package_to_hub(run_folder, args, results | {"env_name": env_name(args), "global_step": global_step})
         return agent
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         why = " ".join(str(error).split()) or "stopped"
-        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
+        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
+        sys.exit(f"error: {hub}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ http://incompleteideas.net/book/the-book.html), sections 13.3 and 13.4.
 # ///
 
 import argparse
+import dataclasses
 import io
 import json
 import linecache
@@ -119,14 +120,15 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         least = name in ("max_t", "num_envs", "h_size", "n_eval_episodes")
-        most = 1 if name == "gamma" else 2**63 - 1
+        most = {"gamma": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and not least <= number <= most:
-                parser.error(f"--{name.replace('_', '-')} {number} is not between {least:d} and {most}")
+            if number == "" or (isinstance(number, int | float) and not least <= number <= most):
+                parser.error(f"--{name.replace('_', '-')} {number!r} is not between {least:d} and {most}")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
-    if args.render and not args.evaluate:
-        parser.error("--render goes with --evaluate")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if args.render and not (args.evaluate and has_display):
+        parser.error("--render goes with --evaluate, and needs a display")
     if args.evaluate:
         return args  # the rest is about training
     args.n_training_episodes -= args.n_training_episodes % args.num_envs  # whole updates: what will really be trained
@@ -136,6 +138,11 @@ def parse_args(argv=None):
 
 
 # --- The environment -------------------------------------------------------------------------------------------------
+
+# The name that leaderboards and model cards know. What v3 changed is the observation bounds and how it resets.
+gym.registry.setdefault("LunarLander-v2", dataclasses.replace(gym.spec("LunarLander-v3"), id="LunarLander-v2"))
+
+
 def full_id(env_id):
     """An id with its version: CartPole-v1, the newest, for CartPole; LunarLander-v2, which leaderboards know."""
     return next((known for known in reversed(gym.registry) if known.rpartition("-v")[0] == env_id), env_id)
@@ -555,7 +562,7 @@ def score_and_film(env, policy, seeds, folder=None):
 def new_folder(args, purpose):
     """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-    folder = Path("runs") / name.replace("/", "-").replace(":", "-")
+    folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
     return folder
 
@@ -569,7 +576,8 @@ def start_run(args):
     if args.track:
         import wandb
 
-        wandb.init(project="deep-rl", name=args.exp_name, config=hyperparameters_of(args), sync_tensorboard=True)
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}"
+        wandb.init(project="deep-rl", name=name, config=hyperparameters_of(args), sync_tensorboard=True)
     run_folder = Path(args.resume) if args.resume else new_folder(args, args.exp_name)
     script = run_folder / "hub" / SCRIPT
     script.parent.mkdir(exist_ok=True)
@@ -649,9 +657,11 @@ def open_package(source, trusted_env_id=None):
     folder = Path(source, "hub") if Path(source, "hub").is_dir() else Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pkl"]))
-    file = folder / "hyperparameters.json"
-    flags = json.loads((file if file.is_file() else folder / "results.json").read_text())  # the course's have only that
-    if ":" in flags.get("env_id", "") and flags["env_id"] != trusted_env_id:
+    files = [folder / name for name in ("hyperparameters.json", "results.json") if (folder / name).is_file()]
+    if not files:  # the course's packages have results.json only
+        raise OSError(f"{source} holds no package of {SCRIPT}; an unfinished run goes on with --resume")
+    flags = json.loads(files[0].read_text(errors="replace"))
+    if ":" in str(flags.get("env_id")) and flags["env_id"] != trusted_env_id:
         raise OSError(f"{source}: if you trust its environment, which could run any code: --env-id {flags['env_id']}")
     return folder, flags
 
@@ -670,9 +680,10 @@ def load_agent(source, env_id=None, render_mode=None):
 # --- Main ------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-    # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
-    threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
+    if not IN_NOTEBOOK:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
+        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
         args = parse_args(argv)
@@ -703,7 +714,8 @@ def main(argv=None):
     except (KeyboardInterrupt, *EXPECTED) as error:
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         why = " ".join(str(error).split()) or "stopped"
-        sys.exit(f"error: {why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
+        hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
+        sys.exit(f"error: {hub}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":
