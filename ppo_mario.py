@@ -77,6 +77,7 @@ IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
 # With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
 # the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
+BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -158,7 +159,7 @@ def parse_args(argv=None):
         parser.error(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     parts = WORLD_SIZE * args.num_minibatches
     if args.num_envs % WORLD_SIZE or batch_size % parts or batch_size == parts:
-        parser.error(f"--num-envs and --num-minibatches must cut a batch into {parts} equal parts of 2 or more")
+        parser.error(f"--num-envs {args.num_envs}, --num-minibatches: a batch must be {parts} parts of 2 or more")
     return args
 
 
@@ -791,6 +792,7 @@ def train(args, run_folder):
                 save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
     if WORLD_SIZE > 1:
+        dist.barrier()
         dist.destroy_process_group()
     return best_of(finalists, agent.cpu(), args) if RANK == 0 else agent, global_step
 
@@ -1039,7 +1041,7 @@ def main(argv=None):
     try:
         if RANK > 0:
             sys.stdout = io.StringIO()
-            dist.init_process_group()  # this waits for process 0, which comes when it has found no mistake
+            dist.init_process_group(BACKEND)  # this waits for process 0, which comes when it has found no mistake
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -1063,7 +1065,7 @@ def main(argv=None):
         if RANK == 0:
             run_folder = start_run(args)
             if WORLD_SIZE > 1:
-                dist.init_process_group()
+                dist.init_process_group(BACKEND)
         agent, global_step = train(args, run_folder)
         if RANK > 0:
             return agent

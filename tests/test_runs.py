@@ -43,7 +43,7 @@ COPTER = "--env-id Pixelcopter-PLE-v0 --h-size 8 4 --no-deterministic-eval"
         (ppo, "", (4, 2), (50, (600, 400))),
         (reinforce, "", (4, 2), (50, (600, 400))),
         (reinforce, COPTER, (7, 2, [8, 4]), (30, (480, 480))),
-        (dqn, "", (4, 2), (50, (600, 400))),
+        (dqn, "", (4, 2, (256, 256)), (50, (600, 400))),
         (dqn, "--h-size 8 --no-double-q", (4, 2, [8]), (50, (600, 400))),
         (ppo_mario, "", (5,), (60, (480, 448))),
         (ppo_mario, "--no-shared-network", (5, False), (60, (480, 448))),
