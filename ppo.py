@@ -27,6 +27,7 @@ https://arxiv.org/abs/1506.02438), The 37 Implementation Details of PPO (Huang e
 # ///
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import io
@@ -471,7 +472,6 @@ def train(args, run_folder):
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
     if WORLD_SIZE > 1:
-        dist.barrier()
         dist.destroy_process_group()
     return agent, global_step
 
@@ -701,6 +701,7 @@ def main(argv=None):
                 dist.init_process_group(BACKEND)
         agent, global_step = train(args, run_folder)
         if RANK > 0:
+            atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
             return agent
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         results = score_and_film(env, make_policy(agent, args.deterministic_eval, args.seed), seeds, partial)

@@ -30,6 +30,7 @@ has the wrappers and the network. The game's memory map and rewards are those of
 # ///
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -792,7 +793,6 @@ def train(args, run_folder):
                 save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
     if WORLD_SIZE > 1:
-        dist.barrier()
         dist.destroy_process_group()
     return best_of(finalists, agent.cpu(), args) if RANK == 0 else agent, global_step
 
@@ -1068,6 +1068,7 @@ def main(argv=None):
                 dist.init_process_group(BACKEND)
         agent, global_step = train(args, run_folder)
         if RANK > 0:
+            atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
             return agent
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, **options)) as env:
