@@ -66,7 +66,6 @@ IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
 # With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
 # the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
-BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -137,7 +136,7 @@ def parse_args(argv=None):
         least = name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes")
         most = {"gamma": 1, "gae_lambda": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not least <= value <= most):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is not between {least:d} and {most}")
+            parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -498,7 +497,7 @@ def load_checkpoint(run_folder):
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
         return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({type(error).__name__})") from error
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({error!r:.40})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
@@ -678,7 +677,7 @@ def main(argv=None):
     try:
         if RANK > 0:
             sys.stdout = io.StringIO()
-            dist.init_process_group(BACKEND)  # this waits for process 0, which comes when it has found no mistake
+            dist.init_process_group()  # this waits for process 0, which comes when it has found no mistake
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -698,7 +697,7 @@ def main(argv=None):
             if args.env_id not in TUNED:
                 msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
             if WORLD_SIZE > 1:
-                dist.init_process_group(BACKEND)
+                dist.init_process_group()
         agent, global_step = train(args, run_folder)
         if RANK > 0:
             atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then

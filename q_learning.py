@@ -135,7 +135,7 @@ def parse_args(argv=None):
             else 2**63 - 1
         )
         if value == "" or (isinstance(value, int | float) and not least <= value <= most):
-            parser.error(f"--{name.replace('_', '-')} {value!r} is not between {least:d} and {most}")
+            parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
             parser.error(f"--{name.replace('_', '-')} cannot change on --resume")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
@@ -311,7 +311,7 @@ def load_checkpoint(run_folder):
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
         return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({type(error).__name__})") from error
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({error!r:.40})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
