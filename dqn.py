@@ -143,13 +143,8 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         least = name.endswith(("_envs", "_size", "_frequency", "_steps", "_duration", "_episodes"))
-        most = (
-            1
-            if name in ("gamma", "tau", "start_e", "end_e", "exploration_fraction")
-            else 10**6
-            if name == "n_eval_episodes"
-            else 2**63 - 1
-        )
+        unit = ("gamma", "tau", "start_e", "end_e", "exploration_fraction")
+        most = 1 if name in unit else 10**6 if name == "n_eval_episodes" else 2**63 - 1
         for number in value if isinstance(value, list) else [value]:
             if number == "" or (isinstance(number, int | float) and not least <= number <= most):
                 parser.error(f"--{name.replace('_', '-')} {number!r} is out of range")

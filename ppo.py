@@ -677,7 +677,8 @@ def main(argv=None):
     try:
         if RANK > 0:
             sys.stdout = io.StringIO()
-            dist.init_process_group()  # this waits for process 0, which comes when it has found no mistake
+            if not {"-h", "--help"} & {*sys.argv}:  # or else this waits for process 0, until that has found no mistake
+                dist.init_process_group()
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)

@@ -793,6 +793,7 @@ def train(args, run_folder):
                 last_checkpoint = time.monotonic()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
+    finalists = finalists or [(0, global_step, agent.state_dict())]  # a training that never came to its second half
     return best_of(finalists, agent.cpu(), args) if RANK == 0 else agent, global_step
 
 
@@ -1040,7 +1041,8 @@ def main(argv=None):
     try:
         if RANK > 0:
             sys.stdout = io.StringIO()
-            dist.init_process_group()  # this waits for process 0, which comes when it has found no mistake
+            if not {"-h", "--help"} & {*sys.argv}:  # or else this waits for process 0, until that has found no mistake
+                dist.init_process_group()
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)

@@ -127,13 +127,8 @@ def parse_args(argv=None):
 
     for name, value in vars(args).items():
         least = name in ("n_training_episodes", "max_steps", "n_eval_episodes")
-        most = (
-            1
-            if name in ("learning_rate", "gamma", "max_epsilon", "min_epsilon")
-            else 10**6
-            if name == "n_eval_episodes"
-            else 2**63 - 1
-        )
+        unit = ("learning_rate", "gamma", "max_epsilon", "min_epsilon")
+        most = 1 if name in unit else 10**6 if name == "n_eval_episodes" else 2**63 - 1
         if value == "" or (isinstance(value, int | float) and not least <= value <= most):
             parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:

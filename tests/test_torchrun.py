@@ -163,6 +163,11 @@ def test_a_mistake_is_told_once_before_training(flags, says):
     assert not Path("runs").exists()
 
 
+def test_help_is_printed_once_and_all_end():
+    out, err, code = end(start("import ppo\nppo.main()", "--help"))
+    assert code == 0 and out.count("--env-id ENV_ID") == 1, err
+
+
 LONG = """
 import os, {0}
 open(f"pid{{{0}.RANK}}", "w").write(str(os.getpid()))
