@@ -43,6 +43,8 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's `act` is no faster on two cores, but busy on both
+
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
