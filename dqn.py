@@ -295,6 +295,7 @@ def train(args, run_folder):
     bytes for each of --buffer-size steps, in memory and in the checkpoint: 15 MB for LunarLander's 200 thousand.
     """
     torch.set_num_threads(1)  # sharing work this small between threads costs more than it saves
+    torch.set_flush_denormal(True)  # Adam's averages for units that never fire fade into numbers that CPUs are slow at
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
