@@ -107,21 +107,21 @@ def parse_args(argv=None):
     flag("--cuda", action=switch, default=True, help="use a GPU if there is one")
     flag("--track", action=switch, default=False, help="log to Weights & Biases as well (pip install wandb)")
     flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
-    flag("--action-set", choices=ACTION_SETS, default="right", help="what can be pressed: run right, ... everything")
-    flag("--stuck-steps", type=int, default=150, help="training truncates an episode so long without progress")
+    flag("--action-set", choices=ACTION_SETS, default="simple", help="what can be pressed: run right, ... everything")
+    flag("--stuck-steps", type=int, default=60, help="training truncates an episode so long without progress")
     flag("--total-timesteps", type=int, default=1_000_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
     flag("--num-envs", type=int, default=8, help="environments side by side, each in its process, in all")
-    flag("--num-steps", type=int, default=256, help="steps per environment and rollout")
+    flag("--num-steps", type=int, default=128, help="steps per environment and rollout")
     flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
     flag("--gamma", type=float, default=0.95, help="discount factor")
     flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
-    flag("--num-minibatches", type=int, default=8, help="minibatches per epoch")
+    flag("--num-minibatches", type=int, default=4, help="minibatches per epoch")
     flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
     flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--clip-vloss", action=switch, default=True, help="clip the value loss as well")
-    flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus")
+    flag("--clip-vloss", action=switch, default=False, help="clip the value loss as well")
+    flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--shared-network", action=switch, default=True, help="one convolutional network for actor and critic, or two")
@@ -236,7 +236,8 @@ class SuperMarioBros(gym.Env):
         self.emulator.configure_data(self.game_data)
         self.memory = self.game_data.memory
         self.skip_start_screen()
-        self.first_state, self.first_screen = self.emulator.get_state(), self.emulator.get_screen()
+        self.screen = self.emulator.get_screen()
+        self.start = self.moment()
 
     # To know more of the game, add a line to `info`, such as "speed": self.read(0x0057), a name and an address in
     # the console's memory. There is a map of it at https://datacrystal.tcrf.net/wiki/Super_Mario_Bros./RAM_map.
@@ -302,11 +303,12 @@ class SuperMarioBros(gym.Env):
             self.advance(self.nothing)
 
     def reset(self, *, seed=None, options=None):
-        """Back to the start, which is always the same."""
+        """Back to the start, which is always the same, or with options={"moment": ...} to what `moment` returned."""
         super().reset(seed=seed)
-        self.emulator.set_state(self.first_state)
+        state, screen = (options or {}).get("moment", self.start)
+        self.emulator.set_state(state)
         self.last_x, self.last_clock = self.x(), self.clock()
-        self.screen = self.first_screen.copy()
+        self.screen = screen.copy()
         return self.screen, self.info()
 
     def step(self, action):
@@ -338,6 +340,10 @@ class SuperMarioBros(gym.Env):
         while self.read(0x000E) in (0, 1, 2, 3, 4, 5, 7) or self.is_world_over():
             self.write(0x07A0, 0)
             self.advance(self.nothing)
+
+    def moment(self):
+        """The game as it is now, for `reset` to come back to: the emulator's state, and the screen."""
+        return self.emulator.get_state(), self.screen
 
     def info(self):
         """What the original tells about the game."""
@@ -402,7 +408,11 @@ class SkipFrames(gym.Wrapper):
 
 
 class ShapeReward(gym.Wrapper):
-    """Reward what the game itself rewards too: points, and the flag; a death costs. A tenth of it suits the critic."""
+    """Reward what the game itself rewards too: points, and the flag; a death costs.
+
+    A fiftieth of it: returns vary by about 1 then, and the critic's gradient does not drown the actor's in what they
+    share.
+    """
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
@@ -415,7 +425,7 @@ class ShapeReward(gym.Wrapper):
         self.score = info["score"]
         if terminated:
             reward += 50 if info["flag_get"] else -50
-        return observation, reward / 10, terminated, truncated, info
+        return observation, reward / 50, terminated, truncated, info
 
 
 class EndWhenStuck(gym.Wrapper):
@@ -437,6 +447,36 @@ class EndWhenStuck(gym.Wrapper):
         if place != self.place or info["x_pos"] > self.furthest:
             self.place, self.furthest, self.waited = place, info["x_pos"], 0
         return observation, reward, terminated, truncated or self.waited >= self.stuck_steps, info
+
+
+class StartAnywhere(gym.Wrapper):
+    """Begin every second episode at one of the places where others have been, all of them being equally likely.
+
+    So a stage is learned all at once, and not its beginning first (Tavakoli et al., 2018, Ecoffet et al., 2021). A
+    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.moments = {}  # of each place
+
+    def reset(self, **kwargs):
+        self.whole = not self.moments or self.np_random.random() < 0.5
+        if not self.whole:
+            kwargs["options"] = {"moment": [*self.moments.values()][self.np_random.integers(len(self.moments))]}
+        self.trail, self.steps = deque(), 0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        self.steps += 1
+        if self.steps % 10 == 0:
+            place = info["world"], info["stage"], info["x_pos"] // 64
+            self.trail.append((place, self.unwrapped.moment()))
+            if len(self.trail) > 3:
+                place, moment = self.trail.popleft()
+                self.moments[place] = moment
+        return observation, reward, terminated, truncated, info | {"whole": self.whole}
 
 
 class SmallGrey(gym.ObservationWrapper):
@@ -464,10 +504,10 @@ class CountFlags(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
-def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps=None):
+def make_env(env_id, action_set="simple", rom=None, render_mode=None, stuck_steps=None):
     """Make one environment with its wrappers: observations are (STACK, SIDE, SIDE) uint8, steps SKIP frames long.
 
-    stuck_steps: for training, with shaped rewards; without, rewards and ends are the game's own. A
+    stuck_steps: for training, with shaped rewards; without, rewards, starts and ends are the game's own. A
     gymnasium.error.Error says what is wrong with its name or its ROM.
     """
     if env_id not in IDS:
@@ -478,7 +518,7 @@ def make_env(env_id, action_set="right", rom=None, render_mode=None, stuck_steps
         env = gym.wrappers.HumanRendering(env)
     env = SkipFrames(env)
     if stuck_steps is not None:
-        env = EndWhenStuck(ShapeReward(env), stuck_steps)
+        env = StartAnywhere(EndWhenStuck(ShapeReward(env), stuck_steps))
     return CountFlags(gym.wrappers.FrameStackObservation(SmallGrey(env), STACK))
 
 
@@ -612,7 +652,7 @@ def gather(items):
     return [item for items in lists for item in items]
 
 
-def update(agent, optimizer, minibatch, args):
+def update(agent, optimizer, minibatch, ent_coef, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
     minibatch: observations, actions, old log-probabilities, old values, returns and advantages, a row for each step.
@@ -625,7 +665,7 @@ def update(agent, optimizer, minibatch, args):
     log_probs = log_probs.gather(1, actions[:, None]).squeeze(-1)
     objective = clipped_surrogate(log_probs, old_log_probs, advantages, args.clip_coef)
     v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
-    loss = args.vf_coef * v_loss - objective - args.ent_coef * entropy
+    loss = args.vf_coef * v_loss - objective - ent_coef * entropy
 
     optimizer.zero_grad()
     loss.backward()
@@ -645,6 +685,7 @@ def train(args, run_folder):
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for this process
     threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
+    torch.set_flush_denormal(True)  # Adam's averages for units that never fire fade into numbers that CPUs are slow at
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
@@ -699,13 +740,14 @@ def train(args, run_folder):
         for envs, column in zip(halves, columns):
             observations[-1, column], _ = envs.reset(seed=args.seed + mine.start + column.start)
         for iteration in range(global_step // batch_size, num_iterations):
-            learning_rate = args.learning_rate * (1 - iteration / num_iterations if args.anneal_lr else 1)
+            to_go = 1 - iteration / num_iterations
+            learning_rate = args.learning_rate * (to_go if args.anneal_lr else 1)
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             noise = rng.gumbel(size=(args.num_steps, args.num_envs, n_actions))[:, mine]
             observations[0] = observations[-1]
-            finished = []  # (return, length, furthest x, flag) of each episode that ended
+            finished = []  # (return, length, last x, flag) of each episode that began at the start and ended
             cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
             for t in range(args.num_steps + 1):
                 for envs, column in zip(halves, columns):
@@ -719,7 +761,8 @@ def train(args, run_folder):
                             if not terminated[j]:
                                 cut_off.append((t - 1, i, infos["final_obs"][j]))
                             x, flag = infos["final_info"]["x_pos"][j], infos["final_info"]["flag_get"][j]
-                            finished.append((episode_returns[i], episode_lengths[i], x, flag))
+                            if infos["final_info"]["whole"][j]:
+                                finished.append((episode_returns[i], episode_lengths[i], x, flag))
                             episode_returns[i] = episode_lengths[i] = 0
                     if t < args.num_steps:
                         choice = decide(agent, observations[t, column], noise[t, column])
@@ -748,7 +791,7 @@ def train(args, run_folder):
                     minibatches[-1] = standardise(minibatches[-1])
                 minibatches[-1] = minibatches[-1][..., RANK]
                 for minibatch in zip(*minibatches):
-                    new_log_probs, losses = update(agent, optimizer, minibatch, args)
+                    new_log_probs, losses = update(agent, optimizer, minibatch, args.ent_coef * to_go, args)
                 log_ratio = new_log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
                 losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()

@@ -158,8 +158,11 @@ class Tape(gym.Env):
         return np.full((224, 240, 3), self.k, dtype=np.uint8), reward, terminated, False, info
 
     def reset(self, seed=None, options=None):
-        self.k = 0
+        self.k = (options or {}).get("moment", 0)
         return self.now()[0], self.now()[4]
+
+    def moment(self):
+        return self.k
 
     def step(self, action):
         self.k += 1
@@ -186,8 +189,8 @@ def test_shaped_rewards_count_points_the_flag_and_a_death(flag, bonus):
     env = ppo_mario.ShapeReward(Tape([(40, 100, 0, False), (43, 300, 3, False), (44, 300, 1, True)], flag))
     for _ in range(2):  # the points of the last episode are forgotten
         env.reset()
-        assert env.step(0)[1] == pytest.approx((3 + 200 / 40) / 10)
-        assert env.step(0)[1] == pytest.approx((1 + bonus) / 10)
+        assert env.step(0)[1] == pytest.approx((3 + 200 / 40) / 50)
+        assert env.step(0)[1] == pytest.approx((1 + bonus) / 50)
 
 
 def test_an_episode_that_comes_no_further_is_truncated_and_nothing_else_changes():
@@ -198,6 +201,38 @@ def test_an_episode_that_comes_no_further_is_truncated_and_nothing_else_changes(
         steps = [env.step(0) for _ in places[1:]]
         assert [truncated for _, _, _, truncated, _ in steps] == [False] * 6 + [True] * 2
         assert all(reward == 1 and not terminated for _, reward, terminated, _, _ in steps)
+
+
+def test_every_second_training_episode_starts_at_one_of_the_places_of_before_from_where_mario_lived_on():
+    env = ppo_mario.StartAnywhere(Tape([(8 * k, 0, 0.0, k == 98) for k in range(99)]))
+    starts, wholes = [], []
+    for episode in range(400):
+        env.reset(seed=None if episode else 1)
+        starts.append(env.unwrapped.k)
+        terminated = False
+        while not terminated:
+            *_, terminated, _, info = env.step(0)
+            assert info["whole"] == (starts[-1] == 0)  # the curves are of these
+        wholes.append(info["whole"])
+    assert wholes[0] and abs(np.mean(wholes) - 0.5) < 4 * 0.5 / 400**0.5
+    elsewhere = np.array(starts)[~np.array(wholes)]
+    places, visits = np.unique(elsewhere // 8, return_counts=True)  # 64 pixels are 8 of these steps
+    assert set(elsewhere % 10) == {0} and elsewhere.max() == 60  # of each tenth step, 30 before the end at the latest
+    assert len(places) == 6 and visits.min() > visits.max() / 3  # 10 to 60, each in a place of its own
+
+
+def test_a_moment_of_the_game_goes_on_as_it_did_the_first_time():
+    actions = np.random.default_rng(1).choice([1, 2, 3, 4], size=300)  # of the simple ones, those to the right
+    with contextlib.closing(SuperMarioBros(1, 1)) as env:
+        env.reset()
+        for action in actions[:100]:
+            screen = env.step(action)[0]
+        moment = env.moment()
+        first = [env.step(action) for action in actions[100:]]
+        assert np.array_equal(env.reset(options={"moment": moment})[0], screen)
+        again = [env.step(action) for action in actions[100:]]
+        assert all(np.array_equal(a[0], b[0]) and a[1:] == b[1:] for a, b in zip(first, again))
+        assert first[-1][4]["x_pos"] > 150 and env.reset()[1]["x_pos"] == 40
 
 
 def test_a_small_grey_screen_has_the_brightness_of_the_large_one():
@@ -211,7 +246,7 @@ def test_a_small_grey_screen_has_the_brightness_of_the_large_one():
 def test_the_network_sees_four_observations_and_only_training_is_shaped_and_ends_when_stuck(monkeypatch):
     monkeypatch.setattr(ppo_mario, "SuperMarioBros", lambda *_: Tape([(40, 4 * k, 1.0, False) for k in range(99)]))
     training, evaluation = (ppo_mario.make_env(STAGE, stuck_steps=n) for n in (2, None))
-    for env, reward, ends in ((training, (4 + 16 / 40) / 10, [False, True]), (evaluation, 4, [False, False])):
+    for env, reward, ends in ((training, (4 + 16 / 40) / 50, [False, True]), (evaluation, 4, [False, False])):
         observation, _ = env.reset()
         assert observation.shape == (4, 84, 84) and observation.dtype == np.uint8 and not observation.any()
         steps = [env.step(0) for _ in range(2)]
