@@ -3,9 +3,11 @@
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/results.py train                   # all tasks; or: train ppo-cartpole ppo-lunarlander
     python benchmarks/results.py train --jobs 2 reinforce-pixelcopter   # two runs side by side, where time is no matter
+    OMP_NUM_THREADS=1 python benchmarks/results.py train --jobs 2 mario-1-1 mario-1-2   # threads of two runs, at odds
     python benchmarks/results.py ablate --jobs 2         # ppo-lunarlander, changed in one thing at a time
-    python benchmarks/results.py draw                    # docs/learning-curves.png and docs/ablation.png
+    python benchmarks/results.py draw                    # docs/learning-curves.png, ablation.png, mario-stages.png
     python benchmarks/results.py table                   # the table of the README
+    python benchmarks/results.py stages                  # the table of the stages of Super Mario Bros.
     python benchmarks/results.py film runs/... NAME      # docs/NAME.gif, from a run's replay
 
 Every run is a whole command in a process of its own, in the folder that you are in. What it scored, how long it took
@@ -59,8 +61,12 @@ TASKS = {  # what the README's table calls it, the command, the seeds
     ),
     "q-cliffwalking": ("CliffWalking-v1", "q_learning.py --env-id CliffWalking-v1", SEEDS),
     "q-taxi": ("Taxi-v3", "q_learning.py --env-id Taxi-v3", SEEDS),
-    "mario-1-1": ("SuperMarioBros-1-1-v0", "ppo_mario.py", SEEDS[:3]),
 }
+STAGES = [(world, stage) for world in range(1, 9) for stage in range(1, 5)]
+for world, stage in STAGES:
+    env_id = f"SuperMarioBros-{world}-{stage}-v0"
+    command = "ppo_mario.py" + f" --env-id {env_id}" * ((world, stage) != (1, 1))
+    TASKS[f"mario-{world}-{stage}"] = (env_id, command, SEEDS[:3] if world == 1 else SEEDS[:1])
 ABLATED = "ppo-lunarlander"
 CHANGES = {  # what each ablation is called, and what it adds to the command
     "no truncation": "",  # a time limit counts as failure, see `without_truncation`
@@ -178,7 +184,8 @@ def without_truncation(argv):
 
 def draw():
     """docs/learning-curves.png and docs/ablation.png, as far as there are runs."""
-    tasks = [task for task in TASKS if load(task) and task not in ("q-frozenlake-8x8", "q-frozenlake-slippery")]
+    left_out = {"q-frozenlake-8x8", "q-frozenlake-slippery", *(f"mario-{w}-{s}" for w, s in STAGES[1:])}
+    tasks = [task for task in TASKS if load(task) and task not in left_out]
     rows = -(-len(tasks) // 5)
     figure, axes = new_figure(rows, 5, (14, 2.6 * rows))
     for ax, task in zip(axes.flat, tasks):
@@ -194,6 +201,7 @@ def draw():
         ax.set_ylabel("return of an episode")
     save(figure, "learning-curves")
 
+    draw_stages()
     if not any(load(f"ablation: {name}") for name in CHANGES):
         return
     figure, axes = new_figure(1, 1, (8, 4))
@@ -206,6 +214,21 @@ def draw():
     axes[0, 0].set(xlabel="steps", ylabel="return of a training episode")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right", title="score of 100 greedy episodes")
     save(figure, "ablation")
+
+
+def draw_stages():
+    """docs/mario-stages.png: the flags in 100 episodes of every stage that was tried, of its worst seed."""
+    figure, axes = new_figure(1, 1, (3.6, 5))
+    flags = np.full((8, 4), np.nan)
+    for world, stage in STAGES:
+        if runs := load(f"mario-{world}-{stage}"):
+            flags[world - 1, stage - 1] = worst = 100 * min(run["flag_rate"] for run in runs)
+            axes[0, 0].text(stage, world, f"{worst:.0f}", ha="center", va="center")
+    axes[0, 0].imshow(flags, cmap="RdYlGn", vmin=0, vmax=100, extent=(0.5, 4.5, 8.5, 0.5), alpha=0.6)
+    axes[0, 0].set(xticks=range(1, 5), yticks=range(1, 9), xlabel="stage", ylabel="world")
+    axes[0, 0].set_title("flags in 100 episodes\nof the worst seed; empty: not tried")
+    axes[0, 0].grid(visible=False)
+    save(figure, "mario-stages")
 
 
 def new_figure(rows, columns, size):
@@ -253,6 +276,20 @@ def table():
         )
 
 
+def stages():
+    """A table of the stages of Super Mario Bros. that were tried, a row for each seed."""
+    print("| stage | seed | first flag within | half of 100 within | flags in 100 | training |\n|" + " --- |" * 6)
+    for world, stage in STAGES:
+        for run in load(f"mario-{world}-{stage}"):
+            first, half = (
+                next((f"{step:,} steps" for step, rate in run["flag_curve"] if rate >= least), "")
+                for least in (1e-9, 0.5)
+            )
+            minutes = f"{run['training_seconds'] / 60:.0f} min" + " beside another" * (run["runs_side_by_side"] > 1)
+            flags = f"{100 * run['flag_rate']:.0f}"
+            print(f"| {world}-{stage} | {run['seed']} | {first} | {half} | {flags} | {minutes} |")
+
+
 def film(run_folder, name, seconds=6.0, height=150, fps=20):
     """docs/NAME.gif: so many seconds of a run's replay, small."""
     import imageio.v2 as imageio
@@ -278,7 +315,7 @@ def main():
         job.add_argument("--jobs", type=int, default=1, help="runs side by side; their times are then no measure")
         job.add_argument("--seeds", type=int, nargs="+", help="by default the task's own")
         job.add_argument("names", nargs="*", help="by default all of them", metavar="NAME")
-    for name in ("draw", "table"):
+    for name in ("draw", "table", "stages"):
         jobs.add_parser(name)
     job = jobs.add_parser("film")
     job.add_argument("run_folder")
@@ -290,6 +327,8 @@ def main():
         return draw()
     if options.job == "table":
         return table()
+    if options.job == "stages":
+        return stages()
     if options.job == "film":
         return film(options.run_folder, options.name, options.seconds)
     known = TASKS if options.job == "train" else CHANGES
