@@ -32,7 +32,6 @@ has the wrappers and the network. The game's memory map and rewards are those of
 import argparse
 import atexit
 import contextlib
-import copy
 import functools
 import hashlib
 import importlib.util
@@ -40,7 +39,6 @@ import io
 import itertools
 import json
 import linecache
-import math
 import multiprocessing
 import os
 import signal
@@ -71,7 +69,6 @@ SCRIPT = "ppo_mario.py"  # the name of this file in the package
 ALGORITHM = "PPO"
 CARD_TAGS = ["ppo", "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation", "deep-rl-course"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the iteration under way
-FINALISTS = 2  # of the six agents of the second half of training, so many are played again for the package
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
 NEW_ON_RESUME = {"resume", "rom", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
@@ -681,7 +678,7 @@ def update(agent, optimizer, minibatch, ent_coef, args):
 def train(args, run_folder):
     """Train an agent with PPO; with --resume, go on from the checkpoint in run_folder. Checkpoints and curves go there.
 
-    Returns the best agent and the number of steps that the training took.
+    Returns the agent and the number of steps that the training took.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # for this process
     threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
@@ -710,14 +707,12 @@ def train(args, run_folder):
     num_iterations = args.total_timesteps // batch_size
     global_step = 0
     recent = deque(maxlen=100)  # (return, flag) of the episodes that ended last
-    # Learning from pixels goes up and down: the package gets the best agent of the second half, not the last.
-    finalists = []  # (mean of the recent returns, step, weights) of the best so far
     if args.resume:
         checkpoint = load_checkpoint(args.resume)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
-        global_step, finalists = checkpoint["global_step"], checkpoint["finalists"]
+        global_step = checkpoint["global_step"]
         recent.extend(checkpoint["recent"])
         msg.info(f"Resumed after {global_step:,} steps, {args.total_timesteps - global_step:,} to go")
 
@@ -821,42 +816,17 @@ def train(args, run_folder):
             writer.flush()  # else TensorBoard's thread writes during the rollout, and takes the GIL at every step of it
 
             tenth = (iteration + 1) * 10 // num_iterations
-            if tenth > iteration * 10 // num_iterations:
-                if args.capture_video:
-                    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
-                        record_video(env, make_policy(agent), run_folder / f"videos/step-{global_step}.mp4")
-                if tenth >= 5:
-                    mean_return = float(np.mean(recent, axis=0)[0]) if recent else -math.inf
-                    candidate = (mean_return, global_step, copy.deepcopy(agent.state_dict()))
-                    finalists = sorted([candidate, *finalists], reverse=True)[:FINALISTS]
+            if args.capture_video and tenth > iteration * 10 // num_iterations:
+                with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
+                    record_video(env, make_policy(agent), run_folder / f"videos/step-{global_step}.mp4")
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_iterations - 1:
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-                state |= dict(global_step=global_step, recent=[*recent], finalists=finalists)
+                state |= dict(global_step=global_step, recent=[*recent])
                 save_checkpoint(run_folder, args, **state)
                 last_checkpoint = time.monotonic()
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
-    finalists = finalists or [(0, global_step, agent.state_dict())]  # a training that never came to its second half
-    return best_of(finalists, agent.cpu(), args) if RANK == 0 else agent, global_step
-
-
-def best_of(finalists, agent, args):
-    """Give the agent the weights of the finalist that scores best, each over n_eval_episodes anew, and return it.
-
-    What the finalists were chosen by may have been luck, so it counts no more. The same goes for this score: that of
-    the package is measured once more, with other sampled actions.
-    """
-    msg.info(f"Playing {args.n_eval_episodes} episodes with each of {len(finalists)} finalists")
-    scores = []
-    with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
-        for _, step, weights in finalists:
-            agent.load_state_dict(weights)
-            policy = make_policy(agent, args.deterministic_eval, seed=[args.seed, args.total_timesteps])
-            env.flags.clear()
-            scores.append(evaluate_agent(env, policy, range(args.n_eval_episodes))[0])
-            msg.text(f"After {step:,} steps: mean_reward {scores[-1]:.2f}, flag_rate {np.mean(env.flags):.2f}")
-    agent.load_state_dict(finalists[np.argmax(scores)][2])
-    return agent
+    return agent.cpu(), global_step
 
 
 @contextlib.contextmanager

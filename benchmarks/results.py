@@ -8,13 +8,14 @@
     python benchmarks/results.py draw                    # docs/learning-curves.png, ablation.png, mario-stages.png
     python benchmarks/results.py table                   # the table of the README
     python benchmarks/results.py stages                  # the table of the stages of Super Mario Bros.
-    python benchmarks/results.py film runs/... NAME      # docs/NAME.gif, from a run's replay
+    python benchmarks/results.py film NAME runs/...      # docs/NAME.gif, from the replay of a run, or of several
 
 Every run is a whole command in a process of its own, in the folder that you are in. What it scored, how long it took
 and its learning curve go to benchmarks/results.json; a run of the same task and seed replaces the older one.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -290,17 +291,20 @@ def stages():
             print(f"| {world}-{stage} | {run['seed']} | {first} | {half} | {flags} | {minutes} |")
 
 
-def film(run_folder, name, seconds=6.0, height=150, fps=20):
-    """docs/NAME.gif: so many seconds of a run's replay, small."""
+def film(name, run_folders, seconds=6.0, speed=1.0, height=150, fps=20):
+    """docs/NAME.gif: so many seconds of each run's replay, one after the other, small."""
     import imageio.v2 as imageio
     from PIL import Image
 
-    reader = imageio.get_reader(Path(run_folder) / "hub" / "replay.mp4")
-    filmed_at = reader.get_meta_data()["fps"]
-    every = max(round(filmed_at / fps), 1)
-    frames = [Image.fromarray(frame) for i, frame in enumerate(reader) if i % every == 0 and i < seconds * filmed_at]
-    width = round(frames[0].width * height / frames[0].height)
-    frames = [frame.resize((width, height), Image.Resampling.LANCZOS).quantize(64, dither=0) for frame in frames]
+    frames = []
+    for run_folder in run_folders:
+        reader = imageio.get_reader(Path(run_folder) / "hub" / "replay.mp4")
+        filmed_at = reader.get_meta_data()["fps"] * speed
+        every = max(round(filmed_at / fps), 1)
+        for frame in itertools.islice(reader, 0, int(seconds * filmed_at), every):
+            image = Image.fromarray(frame)
+            size = round(image.width * height / image.height), height
+            frames.append(image.resize(size, Image.Resampling.LANCZOS).quantize(64, dither=0))
     path = DOCS / f"{name}.gif"
     durations = [1000 * every / filmed_at] * (len(frames) - 1) + [1000]  # a moment of rest before it starts anew
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)
@@ -318,9 +322,11 @@ def main():
     for name in ("draw", "table", "stages"):
         jobs.add_parser(name)
     job = jobs.add_parser("film")
-    job.add_argument("run_folder")
     job.add_argument("name")
-    job.add_argument("--seconds", type=float, default=6.0)
+    job.add_argument("run_folders", nargs="+", metavar="RUN_FOLDER")
+    job.add_argument("--seconds", type=float, default=6.0, help="of the film, for each run")
+    job.add_argument("--speed", type=float, default=1.0)
+    job.add_argument("--fps", type=int, default=20)
     options = parser.parse_args()
 
     if options.job == "draw":
@@ -330,7 +336,7 @@ def main():
     if options.job == "stages":
         return stages()
     if options.job == "film":
-        return film(options.run_folder, options.name, options.seconds)
+        return film(options.name, options.run_folders, options.seconds, options.speed, fps=options.fps)
     known = TASKS if options.job == "train" else CHANGES
     if unknown := set(options.names) - set(known):
         parser.error(f"no {', '.join(sorted(unknown))} among: {', '.join(known)}")

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read, refused, run, wait_until, weights
+from conftest import ROOT, read, refused, run, wait_until
 from gymnasium.utils.env_checker import check_env
 
 import ppo_mario
@@ -291,43 +291,6 @@ def test_deciding_is_the_network_and_samples_its_softmax(shared):
 
 
 # --- runs through main
-
-
-def test_the_finalists_are_played_again_before_the_best_is_packaged_and_a_lucky_one_does_not_stay(monkeypatch):
-    scores, played, seeds = {}, [], []
-    make_policy = ppo_mario.make_policy
-
-    def remember(agent, deterministic=False, seed=0):
-        seeds.append(str(seed))
-        return make_policy(agent, deterministic, seed)
-
-    def score(env, policy, seeds, film=None):
-        if film:
-            return film.append_data(np.zeros((64, 64, 3), dtype=np.uint8))
-        env.flags.append(False)
-        agent = policy.__closure__[0].cell_contents
-        played.append(agent.state_dict()["actor.weight"].numpy().tobytes())
-        if played[-1] not in scores:  # the first agent is lucky once, the second is good
-            scores[played[-1]] = iter([[9.0, 9.0, 1.0], [5.0, 5.0]][len(scores)])
-        return next(scores[played[-1]], 0.0), 0.0
-
-    monkeypatch.setattr(ppo_mario, "make_policy", remember)
-    monkeypatch.setattr(ppo_mario, "evaluate_agent", score)
-    run_folder = run(ppo_mario, ONE_UPDATE)
-    assert played == [played[0]] * 2 and len(set(seeds)) == 2  # each time with other samples
-    lucky = weights(run_folder)["actor.weight"]
-    ppo_mario.main(["--resume", str(run_folder), "--total-timesteps", "64"])
-    assert len(scores) == 2 and len(set(seeds)) == 3
-    packaged = weights(run_folder)["actor.weight"]
-    assert packaged.tobytes() == played[-1] and not np.array_equal(packaged, lucky)
-
-
-def test_the_finalists_are_the_best_of_the_second_half_of_training(monkeypatch):
-    monkeypatch.setattr(ppo_mario, "evaluate_agent", lambda env, *args: (env.flags.append(False) or 1.0, 0.0))
-    run_folder = run(ppo_mario, f"{SMALL} --total-timesteps 640")
-    means, steps, _ = zip(*ppo_mario.load_checkpoint(run_folder)["finalists"])
-    assert len(steps) == ppo_mario.FINALISTS == len(set(steps)) and means[0] >= means[1]
-    assert all(step % 64 == 0 and step >= 320 for step in steps)
 
 
 @pytest.mark.parametrize(("variable", "threads"), [("", 3), ("4,2", 4)])
