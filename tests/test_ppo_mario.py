@@ -149,8 +149,8 @@ class Tape(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (224, 240, 3), np.uint8)
     render_mode = "rgb_array"
 
-    def __init__(self, frames, flag=False):
-        self.frames, self.flag, self.actions = frames, flag, []
+    def __init__(self, frames, flag=False, air=()):
+        self.frames, self.flag, self.air, self.actions = frames, flag, air, []
 
     def now(self):
         x, score, reward, terminated = self.frames[self.k]
@@ -163,6 +163,9 @@ class Tape(gym.Env):
 
     def moment(self):
         return self.k
+
+    def is_in_the_air(self):
+        return self.k in self.air
 
     def step(self, action):
         self.k += 1
@@ -184,13 +187,27 @@ def test_an_action_is_held_for_four_frames_whose_rewards_are_summed_and_which_ar
     assert [frame[0, 0, 0] for frame in env.render()] == [5, 6, 7] and env.render()[0].shape == (448, 480, 3)
 
 
-@pytest.mark.parametrize(("flag", "bonus"), [(True, 50), (False, -50)])
-def test_shaped_rewards_count_points_the_flag_and_a_death(flag, bonus):
-    env = ppo_mario.ShapeReward(Tape([(40, 100, 0, False), (43, 300, 3, False), (44, 300, 1, True)], flag))
-    for _ in range(2):  # the points of the last episode are forgotten
+@pytest.mark.parametrize(("flag", "last"), [(True, 2 + 1 + 50), (False, -75)])
+def test_rewards_are_shaped_by_points_the_flag_a_death_and_a_jump_pays_when_mario_has_landed(flag, last):
+    frames = [(40, 100, 0, False), (43, 300, 3, False), (44, 300, 4, False), (44, 340, 5, False), (45, 340, 6, False)]
+    frames += [(46, 340, 2, False), (47, 340, 1, True)]
+    env = ppo_mario.ShapeReward(Tape(frames, flag, air={2, 3, 5}))
+    for _ in range(2):  # the points and the jump of the last episode are forgotten
         env.reset()
-        assert env.step(0)[1] == pytest.approx((3 + 200 / 40) / 50)
-        assert env.step(0)[1] == pytest.approx((1 + bonus) / 50)
+        rewards = [50 * env.step(0)[1] for _ in frames[1:]]
+        assert rewards == pytest.approx([3 + 200 / 40, 0, 0, 4 + 5 + 40 / 40 + 6, 0, last])
+
+
+@pytest.mark.parametrize(("place", "ground"), [((1, 1), 79), ((2, 2), None)])
+def test_mario_is_in_the_air_where_he_is_above_the_ground_and_never_in_water(place, ground):
+    with contextlib.closing(SuperMarioBros(*place)) as env:
+        env.reset()
+        seen = []
+        for frame in range(120):
+            y = env.step(5 if frame % 20 < 10 else 0)[4]["y_pos"]  # A, from time to time
+            seen.append((ground is not None and y > ground, env.is_in_the_air(), y))
+        assert len({y for _, _, y in seen}) > 20
+        assert all(above == in_the_air for above, in_the_air, _ in seen)
 
 
 def test_an_episode_that_comes_no_further_is_truncated_and_nothing_else_changes():
