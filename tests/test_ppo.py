@@ -117,7 +117,7 @@ def test_update_ascends_equation_9_of_the_paper(script, clip_vloss, max_grad_nor
             logits, values = reference.actor(observations), reference.critic(observations)[:, 0]
         else:
             observations = torch.randint(256, (64, 4, 84, 84), dtype=torch.uint8)
-            ppo_mario.update(agent, optimizer, (observations, actions, *batch), args)
+            ppo_mario.update(agent, optimizer, (observations, actions, *batch), args.ent_coef, args)
             logits, values = reference(observations)
 
         distribution = torch.distributions.Categorical(logits=logits)

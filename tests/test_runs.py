@@ -45,8 +45,8 @@ COPTER = "--env-id Pixelcopter-PLE-v0 --h-size 8 4 --no-deterministic-eval"
         (reinforce, COPTER, (7, 2, [8, 4]), (30, (480, 480))),
         (dqn, "", (4, 2, (256, 256)), (50, (600, 400))),
         (dqn, "--h-size 8 --no-double-q", (4, 2, [8]), (50, (600, 400))),
-        (ppo_mario, "", (5,), (60, (480, 448))),
-        (ppo_mario, "--no-shared-network", (5, False), (60, (480, 448))),
+        (ppo_mario, "", (7,), (60, (480, 448))),
+        (ppo_mario, "--no-shared-network", (7, False), (60, (480, 448))),
     ],
 )
 def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_scored(script, flags, sizes, film):
