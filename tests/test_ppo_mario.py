@@ -210,14 +210,20 @@ def test_mario_is_in_the_air_where_he_is_above_the_ground_and_never_in_water(pla
         assert all(above == in_the_air for above, in_the_air, _ in seen)
 
 
-def test_an_episode_that_comes_no_further_is_truncated_and_nothing_else_changes():
+def test_an_episode_that_comes_no_further_is_truncated_and_each_step_of_it_costs():
     places = [40, 41, 41, 40, 42, 42, 42, 42, 42]
     env = ppo_mario.EndWhenStuck(Tape([(x, 0, 1.0, False) for x in places]), stuck_steps=3)
     for _ in range(2):
         env.reset()
         steps = [env.step(0) for _ in places[1:]]
         assert [truncated for _, _, _, truncated, _ in steps] == [False] * 6 + [True] * 2
-        assert all(reward == 1 and not terminated for _, reward, terminated, _, _ in steps)
+        assert not any(terminated for _, _, terminated, _, _ in steps)
+        costs = [1 - reward for _, reward, _, _, _ in steps]
+        assert costs == pytest.approx([0] + 2 * [costs[1]] + [0] + 4 * [costs[1]])
+    death = ppo_mario.ShapeReward(Tape([(40, 0, 0.0, False), (40, 0, 0.0, True)]))
+    death.reset()
+    standing_for_ever = sum(ppo_mario.parse_args([]).gamma ** step * costs[1] for step in range(1000))
+    assert standing_for_ever == pytest.approx(-death.step(0)[1])
 
 
 def test_every_second_training_episode_starts_at_one_of_the_places_of_before_from_where_mario_lived_on():
@@ -263,7 +269,8 @@ def test_a_small_grey_screen_has_the_brightness_of_the_large_one():
 def test_the_network_sees_four_observations_and_only_training_is_shaped_and_ends_when_stuck(monkeypatch):
     monkeypatch.setattr(ppo_mario, "SuperMarioBros", lambda *_: Tape([(40, 4 * k, 1.0, False) for k in range(99)]))
     training, evaluation = (ppo_mario.make_env(STAGE, stuck_steps=n) for n in (2, None))
-    for env, reward, ends in ((training, (4 + 16 / 40) / 50, [False, True]), (evaluation, 4, [False, False])):
+    shaped = (4 + 16 / 40 - 0.05 * 75) / 50
+    for env, reward, ends in ((training, shaped, [False, True]), (evaluation, 4, [False, False])):
         observation, _ = env.reset()
         assert observation.shape == (4, 84, 84) and observation.dtype == np.uint8 and not observation.any()
         steps = [env.step(0) for _ in range(2)]
