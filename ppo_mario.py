@@ -880,7 +880,7 @@ def load_checkpoint(run_folder):
         checkpoint = torch.load(Path(run_folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
         return {SCRIPT: checkpoint}[checkpoint["script"]]
     except Exception as error:  # of many kinds, and torch's own message advises to load the file unprotected
-        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({error!r:.40})") from error
+        raise OSError(f"{run_folder}: no checkpoint.pt of {SCRIPT} was loaded ({error!r:.60})") from error
 
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
