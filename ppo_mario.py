@@ -121,7 +121,6 @@ def parse_args(argv=None):
     flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
-    flag("--shared-network", action=switch, default=True, help="one convolutional network for actor and critic, or two")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
     flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
     flag("--deterministic-eval", action=switch, default=False, help="score the most probable actions, or sampled ones")
@@ -544,15 +543,16 @@ def make_worker_env(*args):
 
 # --- The agent -------------------------------------------------------------------------------------------------------
 class Agent(nn.Module, PyTorchModelHubMixin):
-    """Convolutional features of the screen, and on them the actor's logits and the critic's estimate of the return.
+    """The network of Mnih et al. (2015) with half its channels, for half the time, as one for actor and critic."""
 
-    shared: one set of features for both; else the critic has its own.
-    """
-
-    def __init__(self, n_actions, shared=True):
+    def __init__(self, n_actions):
         super().__init__()
-        self.actor_features = features()
-        self.critic_features = None if shared else features()
+        first = layer_init(nn.Conv2d(STACK, 16, kernel_size=8, stride=4))
+        second = layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2))
+        third = layer_init(nn.Conv2d(32, 32, kernel_size=3))
+        last = layer_init(nn.Linear(32 * 7 * 7, 512))
+        convolutions = (first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU())
+        self.features = nn.Sequential(*convolutions, nn.Flatten(), last, nn.ReLU())
         self.actor = layer_init(nn.Linear(512, n_actions), std=0.01)  # close to uniform: no early favourites
         self.critic = layer_init(nn.Linear(512, 1), std=1.0)
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions take half the time so
@@ -560,20 +560,8 @@ class Agent(nn.Module, PyTorchModelHubMixin):
     def forward(self, observations):
         """(B, STACK, SIDE, SIDE) uint8 -> logits (B, n_actions) and values (B,)."""
         pixels = observations.contiguous(memory_format=torch.channels_last).float().div_(255)
-        hidden = self.actor_features(pixels)
-        logits = self.actor(hidden)
-        if self.critic_features is not None:
-            hidden = self.critic_features(pixels)
-        return logits, self.critic(hidden).squeeze(-1)
-
-
-def features():
-    """The network of Mnih et al. (2015) with half its channels, for half the time: pixels to (B, 512)."""
-    first = layer_init(nn.Conv2d(STACK, 16, kernel_size=8, stride=4))
-    second = layer_init(nn.Conv2d(16, 32, kernel_size=4, stride=2))
-    third = layer_init(nn.Conv2d(32, 32, kernel_size=3))
-    last = layer_init(nn.Linear(32 * 7 * 7, 512))
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, nn.ReLU(), nn.Flatten(), last, nn.ReLU())
+        features = self.features(pixels)
+        return self.actor(features), self.critic(features).squeeze(-1)
 
 
 def layer_init(layer, std=2**0.5):
@@ -714,7 +702,7 @@ def train(args, run_folder):
     columns = [slice(0, half), slice(half, num_envs)][:num_envs]
     halves = [gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how) for column in columns]
     n_actions = int(halves[0].single_action_space.n)
-    agent = Agent(n_actions, args.shared_network).to(device)
+    agent = Agent(n_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
     batch_size = args.num_envs * args.num_steps

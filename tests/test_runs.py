@@ -46,7 +46,6 @@ COPTER = "--env-id Pixelcopter-PLE-v0 --h-size 8 4 --no-deterministic-eval"
         (dqn, "", (4, 2, (256, 256)), (50, (600, 400))),
         (dqn, "--h-size 8 --no-double-q", (4, 2, [8]), (50, (600, 400))),
         (ppo_mario, "", (7,), (60, (480, 448))),
-        (ppo_mario, "--no-shared-network", (7, False), (60, (480, 448))),
     ],
 )
 def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_scored(script, flags, sizes, film):
