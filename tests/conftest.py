@@ -44,7 +44,7 @@ SCRIPTS = {
         "--n-eval-episodes 10 --is-slippery", EPISODES, 500, 7000, 1000, {"q-learning"}, "q-learning.pkl"
     ),
     "reinforce.py": Script("--n-eval-episodes 10 --num-envs 4", EPISODES, 42, 400, 80, {"reinforce", "deep-rl-class"}),
-    "ppo_mario.py": Script(f"{MARIO} --deterministic-eval", "--total-timesteps", 70, 320, 128, PPO),
+    "ppo_mario.py": Script(MARIO, "--total-timesteps", 70, 320, 128, PPO),
 }
 
 
