@@ -117,7 +117,6 @@ def parse_args(argv=None):
     flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
     flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--clip-vloss", action=switch, default=False, help="clip the value loss as well")
     flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
@@ -627,15 +626,6 @@ def clipped_surrogate(log_probs, old_log_probs, advantages, clip_coef):
     return torch.min(ratio * advantages, advantages + clip_coef * advantages.abs()).mean()
 
 
-def value_loss(values, old_values, returns, clip_coef=None):
-    """Half the mean squared error of the critic; with clip_coef, the worse of it and the clipped one. All: (B,)."""
-    if clip_coef is None:
-        return 0.5 * nn.functional.mse_loss(values, returns)
-    # Where the clipped error is the worse, the clipped value is at its limit and has no gradient: none is recorded.
-    clipped_values = values.detach().clamp(old_values - clip_coef, old_values + clip_coef)
-    return 0.5 * (values - returns).square().clamp(min=(clipped_values - returns).square()).mean()
-
-
 def standardise(advantages):
     """To mean 0 and standard deviation 1 for each of M minibatches; (M, B, W), that is B of each of W processes."""
     centred = advantages - advantages.mean(dim=(1, 2), keepdim=True)
@@ -654,16 +644,16 @@ def gather(items):
 def update(agent, optimizer, minibatch, ent_coef, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
-    minibatch: observations, actions, old log-probabilities, old values, returns and advantages, a row for each step.
+    minibatch: observations, actions, old log-probabilities, returns and advantages, a row for each step.
     Returns log-probabilities (B,) and the statistics {name: 0-d tensor}. Nothing here waits for the device.
     """
-    observations, actions, old_log_probs, old_values, returns, advantages = minibatch
+    observations, actions, old_log_probs, returns, advantages = minibatch
     logits, values = agent(observations)
     log_probs = torch.log_softmax(logits, dim=-1)
     entropy = (log_probs.exp() * log_probs).sum() / -len(log_probs)
     log_probs = log_probs.gather(1, actions[:, None]).squeeze(-1)
     objective = clipped_surrogate(log_probs, old_log_probs, advantages, args.clip_coef)
-    v_loss = value_loss(values, old_values, returns, args.clip_coef if args.clip_vloss else None)
+    v_loss = 0.5 * nn.functional.mse_loss(values, returns)
     loss = args.vf_coef * v_loss - objective - ent_coef * entropy
 
     optimizer.zero_grad()
@@ -777,7 +767,7 @@ def train(args, run_folder):
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.
             torch.set_num_threads(threads)
-            batch = [observations[:-1], actions, log_probs, values, returns]
+            batch = [observations[:-1], actions, log_probs, returns]
             batch = [array.reshape(-1, *array.shape[2:]) for array in batch]
             batch.append(np.stack(gather([advantages.reshape(-1)]), axis=1))  # a column for each process
             batch = [torch.from_numpy(array).to(device) for array in batch]
