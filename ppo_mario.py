@@ -275,6 +275,10 @@ class SuperMarioBros(gym.Env):
         slides = self.read(0x001D) == 3 and any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
         return slides or self.is_world_over()
 
+    def has_left_the_stage(self):
+        """Whether Mario, who is to finish a stage, ran past its end above the ceiling, to the pipes to other worlds."""
+        return self.stage is not None and self.read(0x06D6) > 0 and self.y() >= 255
+
     def advance(self, mask):
         """Emulate one frame with these buttons pressed."""
         self.emulator.set_button_mask(mask, 0)
@@ -409,8 +413,9 @@ class SkipFrames(gym.Wrapper):
 class ShapeReward(gym.Wrapper):
     """Reward what the game itself rewards too: points, and the flag; a death costs. A jump pays when Mario has landed.
 
-    Else the fall into a hole pays almost as well as the way across, and is learned first. A fiftieth of it all: returns
-    vary by about 1 then, and the critic's gradient does not drown the actor's in what they share.
+    Else the fall into a hole pays almost as well as the way across, and is learned first. To leave a stage for a warp
+    zone, where its flag is not, is a death. A fiftieth of it all: returns vary by about 1 then, and the critic's
+    gradient does not drown the actor's in what they share.
     """
 
     def reset(self, **kwargs):
@@ -422,6 +427,7 @@ class ShapeReward(gym.Wrapper):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.owed += reward + (info["score"] - self.score) / 40
         self.score = info["score"]
+        terminated |= self.unwrapped.has_left_the_stage()
         if terminated:
             reward = self.owed + 50 if info["flag_get"] else -75
         elif self.unwrapped.is_in_the_air():

@@ -167,6 +167,9 @@ class Tape(gym.Env):
     def is_in_the_air(self):
         return self.k in self.air
 
+    def has_left_the_stage(self):
+        return False
+
     def step(self, action):
         self.k += 1
         self.actions.append(action)
@@ -208,6 +211,33 @@ def test_mario_is_in_the_air_where_he_is_above_the_ground_and_never_in_water(pla
             seen.append((ground is not None and y > ground, env.is_in_the_air(), y))
         assert len({y for _, _, y in seen}) > 20
         assert all(above == in_the_air for above, in_the_air, _ in seen)
+
+
+# Actions of an agent on 1-2, in one episode to the warp zone, above the ceiling, and in one to the flag.
+TO_THE_WARP_ZONE = (
+    "4444444444444333242333323433234312213041034132133333303333322200311333333333310332121033331333333133"
+    "3321211333334001333333333333333333234244322224400042222224324503443410332003333322033333333333222220"
+    "044440033522230033135551333333222200553"
+)
+TO_THE_FLAG = (
+    "4444444444444333242333323413230314260041034102033333353313322220311333333333332332122122243333333311"
+    "3333333333232111333342130303333333333333331232444022250000100004222244402423403304442242442444424422"
+    "2222222242222222322242244244043033240333322000331130333322222004444400352225331333555113333332220055"
+    "5531133333333633233633363666666666633003303232333333320325262523212223222222262222431342202222362123"
+    "2221334333333252615350"
+)
+
+
+@pytest.mark.parametrize("stuck_steps", [None, 60])
+@pytest.mark.parametrize(("actions", "flag"), [(TO_THE_WARP_ZONE, False), (TO_THE_FLAG, True)])
+def test_who_leaves_a_stage_for_a_warp_zone_is_dead_in_training_and_only_there(actions, flag, stuck_steps):
+    with contextlib.closing(ppo_mario.make_env("SuperMarioBros-1-2-v0", stuck_steps=stuck_steps)) as env:
+        env.reset(seed=0)
+        steps = [env.step(int(action)) for action in actions]
+        assert not any(terminated or truncated for _, _, terminated, truncated, _ in steps[:-1])
+        _, reward, terminated, _, info = steps[-1]
+        assert info["flag_get"] == flag and terminated == (flag or stuck_steps is not None)
+        assert stuck_steps is None or (reward > 1 if flag else reward == -75 / 50)
 
 
 def test_an_episode_that_comes_no_further_is_truncated_and_each_step_of_it_costs():
