@@ -411,11 +411,12 @@ class SkipFrames(gym.Wrapper):
 
 
 class ShapeReward(gym.Wrapper):
-    """Reward what the game itself rewards too: points, and the flag; a death costs. A jump pays when Mario has landed.
+    """Reward points and the flag too, this as much as to run on would. A jump pays when Mario has landed.
 
-    Else the fall into a hole pays almost as well as the way across, and is learned first. To leave a stage for a warp
-    zone, where its flag is not, is a death. A fiftieth of it all: returns vary by about 1 then, and the critic's
-    gradient does not drown the actor's in what they share.
+    Else the fall into a hole pays almost as well as the way across, and is learned first. A death costs all that could
+    still have been earned, and no more: a fine teaches who dies at every try to try no more, or to put it off. To leave
+    a stage for a warp zone, where its flag is not, is a death. A fiftieth of it all: returns vary by about 1 then, and
+    the critic's gradient does not drown the actor's in what they share.
     """
 
     def reset(self, **kwargs):
@@ -429,7 +430,7 @@ class ShapeReward(gym.Wrapper):
         self.score = info["score"]
         terminated |= self.unwrapped.has_left_the_stage()
         if terminated:
-            reward = self.owed + 50 if info["flag_get"] else -75
+            reward = self.owed + 125 if info["flag_get"] else 0.0
         elif self.unwrapped.is_in_the_air():
             reward = 0.0
         else:
@@ -438,11 +439,7 @@ class ShapeReward(gym.Wrapper):
 
 
 class EndWhenStuck(gym.Wrapper):
-    """Truncate an episode that has come no further for so many steps: rather than wait for the clock, start anew.
-
-    A step that leads no further costs what makes standing for ever as bad as a death, at a gamma of 0.95: else who dies
-    at every try learns to try no more.
-    """
+    """Truncate an episode that has come no further for so many steps: rather than wait for the clock, start anew."""
 
     def __init__(self, env, stuck_steps):
         super().__init__(env)
@@ -459,8 +456,6 @@ class EndWhenStuck(gym.Wrapper):
         self.waited += 1
         if place != self.place or info["x_pos"] > self.furthest:
             self.place, self.furthest, self.waited = place, info["x_pos"], 0
-        elif not terminated:
-            reward -= (1 - 0.95) * 75 / 50
         return observation, reward, terminated, truncated or self.waited >= self.stuck_steps, info
 
 
