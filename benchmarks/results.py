@@ -110,6 +110,7 @@ def summary(task, command, seed, run_folder, seconds, jobs):
     """What is worth keeping of a finished run: its score, its times, its learning curve."""
     results = json.loads((run_folder / "hub" / "results.json").read_text())
     curves, training_seconds = events_of(run_folder / "hub" / "logs")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
     result = {
         "task": task,
         "command": f"python {command} --seed {seed}",
@@ -122,6 +123,7 @@ def summary(task, command, seed, run_folder, seconds, jobs):
         "command_seconds": round(seconds, 1),
         "runs_side_by_side": jobs,
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.platform()}",
+        "commit": commit.strip(),  # of the scripts, with -dirty where they differ from it
         "curve": thin(curves["charts/episodic_return"]),
     }
     if "charts/flag_rate" in curves:
@@ -279,7 +281,8 @@ def table():
 
 def stages():
     """A table of the stages of Super Mario Bros. that were tried, a row for each seed."""
-    print("| stage | seed | first flag within | half of 100 within | flags in 100 | training |\n|" + " --- |" * 6)
+    print("| stage | seed | first flag within | half of 100 within | flags in 100 | training | commit |")
+    print("|" + " --- |" * 7)
     for world, stage in STAGES:
         for run in load(f"mario-{world}-{stage}"):
             first, half = (
@@ -288,7 +291,7 @@ def stages():
             )
             minutes = f"{run['training_seconds'] / 60:.0f} min" + " beside another" * (run["runs_side_by_side"] > 1)
             flags = f"{100 * run['flag_rate']:.0f}"
-            print(f"| {world}-{stage} | {run['seed']} | {first} | {half} | {flags} | {minutes} |")
+            print(f"| {world}-{stage} | {run['seed']} | {first} | {half} | {flags} | {minutes} | {run['commit']} |")
 
 
 def film(name, run_folders, seconds=6.0, speed=1.0, height=150, fps=20):
