@@ -106,7 +106,7 @@ def parse_args(argv=None):
     flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
     flag("--action-set", choices=ACTION_SETS, default="simple", help="what can be pressed: run right, ... everything")
     flag("--stuck-steps", type=int, default=60, help="training truncates an episode so long without progress")
-    flag("--total-timesteps", type=int, default=800_000, help="environment steps, all environments together")
+    flag("--total-timesteps", type=int, default=1_000_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
     flag("--num-envs", type=int, default=8, help="environments side by side, each in its process, in all")
     flag("--num-steps", type=int, default=128, help="steps per environment and rollout")
