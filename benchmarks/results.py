@@ -15,6 +15,7 @@ and its learning curve go to benchmarks/results.json; a run of the same task and
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -110,7 +111,10 @@ def summary(task, command, seed, run_folder, seconds, jobs):
     """What is worth keeping of a finished run: its score, its times, its learning curve."""
     results = json.loads((run_folder / "hub" / "results.json").read_text())
     curves, training_seconds = events_of(run_folder / "hub" / "logs")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    script = command.split()[0]
+    commit = git(["git", "log", "-1", "--format=%h", "--", script]).stdout.strip()
+    dirty = git(["git", "diff", "--quiet", "HEAD", "--", script]).returncode != 0
     result = {
         "task": task,
         "command": f"python {command} --seed {seed}",
@@ -123,7 +127,7 @@ def summary(task, command, seed, run_folder, seconds, jobs):
         "command_seconds": round(seconds, 1),
         "runs_side_by_side": jobs,
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.platform()}",
-        "commit": commit.strip(),  # of the scripts, with -dirty where they differ from it
+        "commit": commit + "-dirty" * dirty,  # that changed the script last; -dirty where it differs from it
         "curve": thin(curves["charts/episodic_return"]),
     }
     if "charts/flag_rate" in curves:
