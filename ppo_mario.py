@@ -413,32 +413,28 @@ class SkipFrames(gym.Wrapper):
 class ShapeReward(gym.Wrapper):
     """Reward points and the flag too, this as much as to run on would. A jump pays when Mario has landed.
 
-    Else the fall into a hole pays almost as well as the way across, and is learned first. Steps on the ground pay when
-    he has been there for a second, or lands again: else the last one before a hole pays more than a jump in time, which
-    mostly fails at first. A death costs all that could still have been earned, and no more: a fine teaches who dies at
-    every try to try no more, or to put it off. To leave a stage for a warp zone, where its flag is not, is a death. A
-    fiftieth of it all: returns vary by about 1 then, and the critic's gradient does not drown the actor's in what they
-    share.
+    Else the fall into a hole pays almost as well as the way across, and is learned first. A death costs all that could
+    still have been earned, and no more: a fine teaches who dies at every try to try no more, or to put it off. To leave
+    a stage for a warp zone, where its flag is not, is a death. A fiftieth of it all: returns vary by about 1 then, and
+    the critic's gradient does not drown the actor's in what they share.
     """
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
         self.score, self.owed = info["score"], 0.0
-        self.grounded = 0 if self.unwrapped.is_in_the_air() else 15  # steps since Mario has landed
         return observation, info
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self.owed += reward + (info["score"] - self.score) / 40
         self.score = info["score"]
-        self.grounded = 0 if self.unwrapped.is_in_the_air() else self.grounded + 1
         terminated |= self.unwrapped.has_left_the_stage()
         if terminated:
             reward = self.owed + 125 if info["flag_get"] else 0.0
-        elif self.grounded == 1 or self.grounded >= 15:
-            reward, self.owed = self.owed, 0.0
-        else:
+        elif self.unwrapped.is_in_the_air():
             reward = 0.0
+        else:
+            reward, self.owed = self.owed, 0.0
         return observation, reward / 50, terminated, truncated, info
 
 
@@ -467,8 +463,7 @@ class StartAnywhere(gym.Wrapper):
     """Begin every second episode at one of the places where others have been, all of them being equally likely.
 
     So a stage is learned all at once, and not its beginning first (Tavakoli et al., 2018, Ecoffet et al., 2021). A
-    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps. From
-    there a random action is held for up to 15 steps before the agent's turn: so it is seen what long jumps lead to.
+    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps.
     """
 
     def __init__(self, env):
@@ -480,14 +475,7 @@ class StartAnywhere(gym.Wrapper):
         if not self.whole:
             kwargs["options"] = {"moment": [*self.moments.values()][self.np_random.integers(len(self.moments))]}
         self.trail, self.steps = deque(), 0
-        observation, info = self.env.reset(**kwargs)
-        if not self.whole:
-            action = self.np_random.integers(self.action_space.n)
-            for _ in range(self.np_random.integers(16)):
-                observation, _, terminated, truncated, info = self.env.step(action)
-                if terminated or truncated:
-                    return self.env.reset(**kwargs)
-        return observation, info
+        return self.env.reset(**kwargs)
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
