@@ -149,8 +149,8 @@ class Tape(gym.Env):
     observation_space = gym.spaces.Box(0, 255, (224, 240, 3), np.uint8)
     render_mode = "rgb_array"
 
-    def __init__(self, frames, flag=False, air=()):
-        self.frames, self.flag, self.air, self.actions = frames, flag, air, []
+    def __init__(self, frames, flag=False, air=(), water=False):
+        self.frames, self.flag, self.air, self.water, self.actions = frames, flag, air, water, []
 
     def now(self):
         x, score, reward, terminated = self.frames[self.k]
@@ -166,6 +166,9 @@ class Tape(gym.Env):
 
     def is_in_the_air(self):
         return self.k in self.air
+
+    def is_swimming(self):
+        return self.water
 
     def has_left_the_stage(self):
         return False
@@ -191,14 +194,20 @@ def test_an_action_is_held_for_four_frames_whose_rewards_are_summed_and_which_ar
 
 
 @pytest.mark.parametrize(("flag", "last"), [(True, 2 + 1 + 125), (False, 0)])
-def test_rewards_are_shaped_by_points_and_the_flag_a_jump_pays_when_mario_has_landed_and_a_death_nothing(flag, last):
+def test_rewards_are_shaped_by_points_and_the_flag_and_pay_when_mario_lands_and_a_death_nothing(flag, last):
     frames = [(40, 100, 0, False), (43, 300, 3, False), (44, 300, 4, False), (44, 340, 5, False), (45, 340, 6, False)]
     frames += [(46, 340, 2, False), (47, 340, 1, True)]
     env = ppo_mario.ShapeReward(Tape(frames, flag, air={2, 3, 5}))
     for _ in range(2):  # the points and the jump of the last episode are forgotten
         env.reset()
         rewards = [50 * env.step(0)[1] for _ in frames[1:]]
-        assert rewards == pytest.approx([3 + 200 / 40, 0, 0, 4 + 5 + 40 / 40 + 6, 0, last])
+        assert rewards == pytest.approx([0, 0, 0, 3 + 200 / 40 + 4 + 5 + 40 / 40 + 6, 0, last])
+
+
+def test_a_swimmer_is_paid_at_once():
+    env = ppo_mario.ShapeReward(Tape([(40, 100, 0, False), (43, 300, 3, False), (45, 300, 2, False)], water=True))
+    env.reset()
+    assert [50 * env.step(0)[1] for _ in range(2)] == pytest.approx([3 + 200 / 40, 2])
 
 
 @pytest.mark.parametrize(("place", "ground"), [((1, 1), 79), ((2, 2), None)])
@@ -292,7 +301,8 @@ def test_a_small_grey_screen_has_the_brightness_of_the_large_one():
 
 
 def test_the_network_sees_four_observations_and_only_training_is_shaped_and_ends_when_stuck(monkeypatch):
-    monkeypatch.setattr(ppo_mario, "SuperMarioBros", lambda *_: Tape([(40, 4 * k, 1.0, False) for k in range(99)]))
+    tape = [(40, 4 * k, 1.0, False) for k in range(99)]
+    monkeypatch.setattr(ppo_mario, "SuperMarioBros", lambda *_: Tape(tape, water=True))  # in which each step pays
     training, evaluation = (ppo_mario.make_env(STAGE, stuck_steps=n) for n in (2, None))
     shaped = (4 + 16 / 40) / 50
     for env, reward, ends in ((training, shaped, [False, True]), (evaluation, 4, [False, False])):
@@ -333,6 +343,18 @@ def test_deciding_is_the_network_and_samples_its_softmax():
     sampled = [ppo_mario.decide(agent, observations[:1], rng.gumbel(size=(1, 5)))[0][0] for _ in range(800)]
     shares = np.bincount(sampled, minlength=5) / 800
     assert np.abs(shares - probabilities[0]).max() < 4 * 0.5 / 800**0.5
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.75, 1.0])
+def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persistence):
+    noise = ppo_mario.persistent_noise(np.random.default_rng(1), (101, 400, 3), persistence)
+    kept = noise[1:] == noise[:-1]
+    assert np.array_equal(kept.any(axis=2), kept.all(axis=2))  # for all actions or for none
+    assert abs(kept.mean() - persistence) <= 4 * (persistence * (1 - persistence) / 40_000) ** 0.5
+    assert len(np.unique(noise[0])) == 1200  # each environment has its own
+    probabilities = np.array([0.7, 0.2, 0.1])
+    shares = np.bincount((np.log(probabilities) + noise[-1]).argmax(axis=1), minlength=3) / 400
+    assert np.abs(shares - probabilities).max() < 4 * 0.5 / 400**0.5
 
 
 # --- runs through main
