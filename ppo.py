@@ -685,7 +685,7 @@ def main(argv=None):
         render_mode = "human" if args.render else "rgb_array"
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, render_mode)
-            policy = make_policy(agent, args.deterministic_eval, args.seed)
+            policy = make_policy(agent, args.deterministic_eval, first_seed)
         else:
             env = make_env(args.env_id, render_mode)  # what is wrong with it is said now
             env.action_space.seed(args.seed)
@@ -704,7 +704,7 @@ def main(argv=None):
             atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
             return agent
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
-        results = score_and_film(env, make_policy(agent, args.deterministic_eval, args.seed), seeds, partial)
+        results = score_and_film(env, make_policy(agent, args.deterministic_eval, first_seed), seeds, partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
         results["scored_with"] = f"{actions} actions, on seeds that training never used"
         copy.deepcopy(agent).save_pretrained(partial)  # a copy, for parameters that are no views of one vector

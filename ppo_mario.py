@@ -234,6 +234,7 @@ class SuperMarioBros(gym.Env):
         self.skip_start_screen()
         self.screen = self.emulator.get_screen()
         self.start = self.moment()
+        self.flags = []  # of each episode that ended, whether it did so at the flag
 
     # To know more of the game, add a line to `info`, such as "speed": self.read(0x0057), a name and an address in
     # the console's memory. There is a map of it at https://datacrystal.tcrf.net/wiki/Super_Mario_Bros./RAM_map.
@@ -248,6 +249,10 @@ class SuperMarioBros(gym.Env):
     def clock(self):
         """The game's time left, in its ticks of 0.4 s."""
         return self.read(0x07F8, ">n3")
+
+    def lives(self):
+        """How many lives are left after this one, 255 in the end."""
+        return self.read(0x075A)
 
     def x(self):
         """How far Mario is from the stage's beginning, in pixels."""
@@ -329,7 +334,9 @@ class SuperMarioBros(gym.Env):
         self.last_x, self.last_clock = x, clock
         info = self.info()
         terminated = info["life"] == 0xFF if self.world is None else dying or info["flag_get"]  # 0xFF: no life is left
-        if not terminated:
+        if terminated:
+            self.flags.append(info["flag_get"])
+        else:
             self.skip_scenes()
         self.screen = self.emulator.get_screen()
         return self.screen, float(min(max(reward, -15), 15)), terminated, False, info
@@ -358,7 +365,7 @@ class SuperMarioBros(gym.Env):
         return {
             "coins": self.read(0x07ED, ">n2"),
             "flag_get": self.is_at_flag(),
-            "life": self.read(0x075A),
+            "life": self.lives(),
             "score": self.read(0x07DE, ">n6"),
             "stage": self.read(0x075C) + 1,
             "status": {0: "small", 1: "tall"}.get(self.read(0x0756), "fireball"),
@@ -419,15 +426,16 @@ class ShapeReward(gym.Wrapper):
     """Reward points and the flag too, this as much as to run on would. All of it pays when Mario lands from a jump.
 
     Else the fall into a hole pays almost as well as the way across, and the last step before the edge better than a
-    jump in time, which mostly fails at first. A death costs all that could still have been earned, and no more: a fine
-    teaches who dies at every try to try no more, or to put it off. To leave a stage for a warp zone, where its flag is
-    not, is a death. A swimmer is paid at once. A fiftieth of it all: returns vary by about 1 then, and the critic's
-    gradient does not drown the actor's in what they share.
+    jump in time, which mostly fails at first. A death ends the episode, in the whole game, too: it costs all that could
+    still have been earned, and no more. A fine teaches who dies at every try to try no more, or to put it off. To leave
+    a stage over its ceiling, for a warp zone, where its flag is not, is a death. A swimmer is paid at once. A fiftieth
+    of it all: returns vary by about 1 then, and the critic's gradient does not drown the actor's in what they share.
     """
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
         self.score, self.owed, self.in_the_air = info["score"], 0.0, self.unwrapped.is_in_the_air()
+        self.lives = self.unwrapped.lives()
         return observation, info
 
     def step(self, action):
@@ -435,7 +443,8 @@ class ShapeReward(gym.Wrapper):
         self.owed += reward + (info["score"] - self.score) / 40
         self.score = info["score"]
         was_in_the_air, self.in_the_air = self.in_the_air, self.unwrapped.is_in_the_air()
-        terminated |= self.unwrapped.has_left_the_stage()
+        lives, self.lives = self.lives, self.unwrapped.lives()
+        terminated |= self.unwrapped.has_left_the_stage() or self.lives < lives
         if terminated:
             reward = self.owed + 125 if info["flag_get"] else 0.0
         elif self.unwrapped.is_swimming() or (was_in_the_air and not self.in_the_air):
@@ -454,15 +463,15 @@ class EndWhenStuck(gym.Wrapper):
 
     def reset(self, **kwargs):
         observation, info = self.env.reset(**kwargs)
-        self.place, self.furthest, self.waited = (info["world"], info["stage"]), info["x_pos"], 0
+        self.furthest, self.waited = (info["world"], info["stage"], info["x_pos"]), 0
         return observation, info
 
     def step(self, action):
         observation, reward, terminated, truncated, info = self.env.step(action)
-        place = (info["world"], info["stage"])
-        self.waited += 1
-        if place != self.place or info["x_pos"] > self.furthest:
-            self.place, self.furthest, self.waited = place, info["x_pos"], 0
+        place = (info["world"], info["stage"], info["x_pos"])
+        self.waited = 0 if place > self.furthest else self.waited + 1
+        self.furthest = max(place, self.furthest)
+        info["furthest_x"] = self.furthest[2]
         return observation, reward, terminated, truncated or self.waited >= self.stuck_steps, info
 
 
@@ -470,7 +479,8 @@ class StartAnywhere(gym.Wrapper):
     """Begin every second episode at one of the places where others have been, all of them being equally likely.
 
     So a stage is learned all at once, and not its beginning first (Tavakoli et al., 2018, Ecoffet et al., 2021). A
-    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps.
+    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps; --resume
+    begins without any.
     """
 
     def __init__(self, env):
@@ -496,29 +506,9 @@ class StartAnywhere(gym.Wrapper):
         return observation, reward, terminated, truncated, info | {"whole": self.whole}
 
 
-class SmallGrey(gym.ObservationWrapper):
+def small_grey(screen):
     """The screen in grey, SIDE x SIDE: all that it takes to play, in a twentieth of the bytes."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.observation_space = gym.spaces.Box(0, 255, (SIDE, SIDE), np.uint8)
-
-    def observation(self, screen):
-        return cv2.resize(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
-
-
-class CountFlags(gym.Wrapper):
-    """Note in `flags` for each episode whether it ended at the flag."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.flags = []
-
-    def step(self, action):
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if terminated or truncated:
-            self.flags.append(info["flag_get"])
-        return observation, reward, terminated, truncated, info
+    return cv2.resize(cv2.cvtColor(screen, cv2.COLOR_RGB2GRAY), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
 def make_env(env_id, action_set="simple", rom=None, render_mode=None, stuck_steps=None):
@@ -535,8 +525,9 @@ def make_env(env_id, action_set="simple", rom=None, render_mode=None, stuck_step
         env = gym.wrappers.HumanRendering(env)
     env = SkipFrames(env)
     if stuck_steps is not None:
-        env = StartAnywhere(EndWhenStuck(ShapeReward(env), stuck_steps))
-    return CountFlags(gym.wrappers.FrameStackObservation(SmallGrey(env), STACK))
+        env = gym.wrappers.RecordEpisodeStatistics(StartAnywhere(EndWhenStuck(ShapeReward(env), stuck_steps)))
+    env = gym.wrappers.TransformObservation(env, small_grey, gym.spaces.Box(0, 255, (SIDE, SIDE), np.uint8))
+    return gym.wrappers.FrameStackObservation(env, STACK)
 
 
 def make_worker_env(*args):
@@ -594,7 +585,7 @@ def decide(agent, observations, noise=0.0):
 
 
 def persistent_noise(rng, shape, persistence):
-    """Standard Gumbel noise, (T, N, n_actions), which each step keeps from the one before with this probability.
+    """Standard Gumbel noise, (T, N, n_actions): a step of a rollout keeps that before it with this probability.
 
     A wide gap takes a jump that is held for many steps in a row. With new noise at each step, who knows nothing yet
     hardly ever holds one; so a coherent noise explores better (Hollenstein et al., 2024, for continuous actions). It
@@ -735,7 +726,6 @@ def train(args, run_folder):
     observations = np.zeros((args.num_steps + 1, num_envs, STACK, SIDE, SIDE), dtype=np.uint8)
     actions = np.zeros(shape, dtype=np.int64)
     log_probs, values, rewards, dones = (np.zeros(shape, dtype=np.float32) for _ in range(4))
-    episode_returns, episode_lengths = np.zeros(num_envs), np.zeros(num_envs)
     last_checkpoint = 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder and run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
@@ -756,23 +746,20 @@ def train(args, run_folder):
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             noise = persistent_noise(rng, (args.num_steps, args.num_envs, n_actions), args.persistence * to_go)[:, mine]
             observations[0] = observations[-1]
-            finished = []  # (return, length, last x, flag) of each episode that began at the start and ended
+            finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
             cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
             for t in range(args.num_steps + 1):
                 for envs, column in zip(halves, columns):
                     if t > 0:  # the answer to the actions before
                         observations[t, column], rewards[t - 1, column], terminated, truncated, infos = envs.step_wait()
                         dones[t - 1, column] = terminated | truncated
-                        episode_returns[column] += rewards[t - 1, column]
-                        episode_lengths[column] += 1
                         for j in np.flatnonzero(terminated | truncated):
-                            i = column.start + j
+                            last = infos["final_info"]
                             if not terminated[j]:
-                                cut_off.append((t - 1, i, infos["final_obs"][j]))
-                            x, flag = infos["final_info"]["x_pos"][j], infos["final_info"]["flag_get"][j]
-                            if infos["final_info"]["whole"][j]:
-                                finished.append((episode_returns[i], episode_lengths[i], x, flag))
-                            episode_returns[i] = episode_lengths[i] = 0
+                                cut_off.append((t - 1, column.start + j, infos["final_obs"][j]))
+                            if last["whole"][j]:
+                                sums = last["episode"]["r"][j], last["episode"]["l"][j]
+                                finished.append((*sums, last["furthest_x"][j], last["flag_get"][j]))
                     if t < args.num_steps:
                         choice = decide(agent, observations[t, column], noise[t, column])
                         actions[t, column], log_probs[t, column], values[t, column] = choice
@@ -932,7 +919,7 @@ def score_and_film(env, policy, seeds, folder=None):
 def score_with_flags(env, policy, seeds, folder=None):
     """`score_and_film`, and the share of the episodes that ended at the flag."""
     score = score_and_film(env, policy, seeds, folder)
-    score["flag_rate"] = float(np.mean(env.flags[: len(seeds)]))  # without the film's
+    score["flag_rate"] = float(np.mean(env.unwrapped.flags[: len(seeds)]))  # without the film's
     msg.good(f"flag_rate {score['flag_rate']:.2f}")
     return score
 
@@ -1074,14 +1061,10 @@ def main(argv=None):
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
         torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
-        options = {
-            "action_set": args.action_set,
-            "rom": args.rom,
-            "render_mode": "human" if args.render else "rgb_array",
-        }
+        options = dict(action_set=args.action_set, rom=args.rom, render_mode="human" if args.render else "rgb_array")
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, **options)
-            policy = make_policy(agent, args.deterministic_eval, args.seed)
+            policy = make_policy(agent, args.deterministic_eval, first_seed)
         else:
             env = make_env(args.env_id, **options)  # what is wrong with it is said now
             env.action_space.seed(args.seed)
@@ -1100,7 +1083,7 @@ def main(argv=None):
             return agent
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, **options)) as env:
-            policy = make_policy(agent, args.deterministic_eval, args.seed)
+            policy = make_policy(agent, args.deterministic_eval, first_seed)
             results = score_with_flags(env, policy, seeds, partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
         flags = f"{results['flag_rate']:.0%} of them came to the flag"

@@ -692,7 +692,7 @@ def main(argv=None):
         render_mode = "human" if args.render else "rgb_array"
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, render_mode)
-            policy = make_policy(agent, args.deterministic_eval, args.seed)
+            policy = make_policy(agent, args.deterministic_eval, first_seed)
         else:
             env = make_env(args.env_id, render_mode)  # what is wrong with it is said now
             env.action_space.seed(args.seed)
@@ -705,7 +705,7 @@ def main(argv=None):
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
-        results = score_and_film(env, make_policy(agent, args.deterministic_eval, args.seed), seeds, partial)
+        results = score_and_film(env, make_policy(agent, args.deterministic_eval, first_seed), seeds, partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
         results["scored_with"] = f"{actions} actions, on seeds that training never used"
         agent.save_pretrained(partial)

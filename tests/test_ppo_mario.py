@@ -173,6 +173,9 @@ class Tape(gym.Env):
     def has_left_the_stage(self):
         return False
 
+    def lives(self):
+        return 2
+
     def step(self, action):
         self.k += 1
         self.actions.append(action)
@@ -247,6 +250,25 @@ def test_who_leaves_a_stage_for_a_warp_zone_is_dead_in_training_and_only_there(a
         _, reward, terminated, _, info = steps[-1]
         assert info["flag_get"] == flag and terminated == (flag or stuck_steps is not None)
         assert stuck_steps is None or (reward > 2 if flag else reward == 0)
+        assert env.unwrapped.flags == ([flag] if flag else [])  # to the game itself, who goes to the warp zone lives on
+        env.reset()
+        while not env.step(3)[2]:  # runs to his death
+            pass
+        assert env.unwrapped.flags == ([True, False] if flag else [False])
+
+
+def test_in_training_an_episode_of_the_whole_game_is_one_life():
+    lengths = []
+    for stuck_steps in (None, 60):
+        with contextlib.closing(ppo_mario.make_env("SuperMarioBros-v0", stuck_steps=stuck_steps)) as env:
+            env.reset(seed=0)
+            rewards, terminated = [], False
+            while not terminated:  # runs and jumps
+                _, reward, terminated, truncated, _ = env.step(4 if len(rewards) % 20 < 12 else 3)
+                rewards.append(reward)
+                assert not truncated
+            lengths.append(len(rewards))
+    assert rewards[-1] == 0 and sum(rewards) > 0 and lengths[1] < lengths[0]
 
 
 def test_an_episode_that_comes_no_further_is_truncated():
@@ -295,7 +317,7 @@ def test_a_moment_of_the_game_goes_on_as_it_did_the_first_time():
 def test_a_small_grey_screen_has_the_brightness_of_the_large_one():
     screen = np.zeros((224, 240, 3), dtype=np.uint8)
     screen[:112] = [200, 100, 50]
-    small = ppo_mario.SmallGrey(Tape([])).observation(screen)
+    small = ppo_mario.small_grey(screen)
     assert small.shape == (84, 84) and small.dtype == np.uint8
     assert np.all(small[:42] == round(0.299 * 200 + 0.587 * 100 + 0.114 * 50)) and np.all(small[42:] == 0)
 
@@ -312,15 +334,6 @@ def test_the_network_sees_four_observations_and_only_training_is_shaped_and_ends
         assert [step[1] for step in steps] == pytest.approx([reward] * 2)
         assert [step[3] for step in steps] == ends
         assert [step[0][:, 0, 0].tolist() for step in steps] == [[0, 0, 0, 4], [0, 0, 4, 8]]  # the newest last
-
-
-def test_flags_are_counted_per_episode():
-    env = ppo_mario.CountFlags(Tape([(40, 0, 0, False), (41, 0, 0, True)], flag=True))
-    for flag in (True, False, False, True):
-        env.unwrapped.flag = flag
-        env.reset()
-        env.step(0)
-        assert env.flags[-1] == flag
 
 
 # --- the agent
@@ -355,6 +368,57 @@ def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persis
     probabilities = np.array([0.7, 0.2, 0.1])
     shares = np.bincount((np.log(probabilities) + noise[-1]).argmax(axis=1), minlength=3) / 400
     assert np.abs(shares - probabilities).max() < 4 * 0.5 / 400**0.5
+
+
+# --- training
+
+
+class Counting(gym.Env):
+    """Episodes have as many steps as the first seed says; step k shows k and pays k. The last ends it or cuts it."""
+
+    action_space = gym.spaces.Discrete(3)
+    observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+
+    def __init__(self, is_cut):
+        self.is_cut = is_cut
+
+    def reset(self, *, seed=None, options=None):
+        self.length, self.k = seed or self.length, 0
+        return np.zeros((4, 84, 84), dtype=np.uint8), {}
+
+    def step(self, action):
+        self.k += 1
+        last = self.k == self.length
+        info = {"whole": True, "furthest_x": self.k, "flag_get": False, "episode": {"r": 0.0, "l": self.k}}
+        observation = np.full((4, 84, 84), self.k, dtype=np.uint8)
+        return observation, float(self.k), last and not self.is_cut, last and self.is_cut, info
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_no_transition_crosses_an_episode_and_only_who_is_stuck_bootstraps(is_cut, monkeypatch, tmp_path):
+    seen, compute_gae, decide = [], ppo_mario.compute_gae, ppo_mario.decide
+
+    def spy(*args):
+        seen.extend(array.T.tolist() for array in args[:4])
+        return compute_gae(*args)
+
+    def easy_to_follow(agent, observations, noise=0.0):  # V(s) = 100 * step in the episode
+        return *decide(agent, observations, noise)[:2], observations[:, 0, 0, 0] * np.float32(100)
+
+    monkeypatch.setattr(ppo_mario, "compute_gae", spy)
+    monkeypatch.setattr(ppo_mario, "decide", easy_to_follow)
+    monkeypatch.setattr(ppo_mario, "make_env", lambda *_: Counting(is_cut))
+    flags = "--gamma 0.5 --seed 3 --num-envs 3 --num-steps 8 --num-minibatches 2 --total-timesteps 24"
+    ppo_mario.train(ppo_mario.parse_args(flags.split()), tmp_path)
+
+    # Episodes of 3, 4 and 5 steps in the three environments, the first two of which are one half.
+    rewards, values, dones, last_value = seen
+    assert values == [[0, 100, 200, 0, 100, 200, 0, 100], [0, 100, 200, 300] * 2, [0, 100, 200, 300, 400, 0, 100, 200]]
+    assert dones == [[0, 0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1] * 2, [0, 0, 0, 0, 1, 0, 0, 0]]
+    assert last_value == [200, 0, 300]
+    # To be stuck adds gamma * V(last observation) to the reward of that step; termination adds nothing.
+    a, b, c = (k + 50 * k * is_cut for k in (3, 4, 5))
+    assert rewards == [[1, 2, a, 1, 2, a, 1, 2], [1, 2, 3, b] * 2, [1, 2, 3, 4, c, 1, 2, 3]]
 
 
 # --- runs through main
