@@ -190,7 +190,7 @@ def find_rom(version, path=None):
     name, sha1 = ROMS[version]
     if path is None:
         package = importlib.util.find_spec("gym_super_mario_bros")
-        path = package and Path(package.origin).parent / "_roms" / name
+        path = package and package.origin and Path(package.origin).parent / "_roms" / name  # a mere folder has none
         if path is None or not path.is_file():
             how = "pip install --no-deps gym-super-mario-bros==7.4.0 brings it, or pass your own file with --rom PATH"
             raise gym.error.DependencyNotInstalled(f"there is no {name} yet: {how}")
