@@ -119,6 +119,7 @@ def parse_args(argv=None):
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
     flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
+    flag("--exploration", type=float, default=0.1, help="how likely noise is ten times as loud, falls to 0")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
@@ -137,9 +138,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
+    at_most_one = ("gamma", "gae_lambda", "persistence", "exploration")
     for name, value in vars(args).items():
         least = name in at_least_one
-        most = {"gamma": 1, "gae_lambda": 1, "persistence": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
+        most = {"n_eval_episodes": 10**6}.get(name, 1 if name in at_most_one else 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not least <= value <= most):
             parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
@@ -584,18 +586,23 @@ def decide(agent, observations, noise=0.0):
     return actions, np.take_along_axis(answer, actions[:, None], axis=1)[:, 0], answer[:, -1]
 
 
-def persistent_noise(rng, shape, persistence):
-    """Standard Gumbel noise, (T, N, n_actions): a step of a rollout keeps that before it with this probability.
+def exploring_noise(rng, shape, persistence, exploration):
+    """Standard Gumbel noise, (T, N, n_actions), that persists and is loud at times; and where it is loud, (T, N).
 
-    A wide gap takes a jump that is held for many steps in a row. With new noise at each step, who knows nothing yet
-    hardly ever holds one; so a coherent noise explores better (Hollenstein et al., 2024, for continuous actions). It
-    also ties an action to those before, of which PPO knows nothing: so in the end there is none of it.
+    A step of a rollout keeps the noise of that before it with the probability persistence. A wide gap takes a jump that
+    is held for many steps in a row, which new noise at each step hardly ever does (of continuous actions: Hollenstein
+    et al., 2024). With the probability exploration noise is ten times as loud, and then an action is chosen nearly
+    whatever the policy thinks of it: a policy that is sure and wrong would never try another. Of both PPO knows
+    nothing, so in the end there is none.
     """
     noise = rng.gumbel(size=shape)
+    loud = rng.random(shape[:2]) < exploration
+    noise[loud] *= 10
     kept = rng.random(shape[:2]) < persistence
     for t in range(1, len(noise)):
         noise[t, kept[t]] = noise[t - 1, kept[t]]
-    return noise
+        loud[t, kept[t]] = loud[t - 1, kept[t]]
+    return noise, loud
 
 
 def make_policy(agent, deterministic=False, seed=0):
@@ -744,7 +751,9 @@ def train(args, run_folder):
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
-            noise = persistent_noise(rng, (args.num_steps, args.num_envs, n_actions), args.persistence * to_go)[:, mine]
+            noise_shape = (args.num_steps, args.num_envs, n_actions)
+            noise = exploring_noise(rng, noise_shape, args.persistence * to_go, args.exploration * to_go)
+            noise, loud = (array[:, mine] for array in noise)
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
             cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
@@ -772,6 +781,9 @@ def train(args, run_folder):
             for t, i, observation in cut_off:
                 rewards[t, i] += args.gamma * decide(agent, observation[None])[2][0]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
+            # What loud noise chose is learned from where it was better than expected (as in Oh et al., 2018), and not
+            # unlearned where it was not: else whatever is difficult is soon never chosen without it.
+            advantages[loud & (advantages < 0)] = 0
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.

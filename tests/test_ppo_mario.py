@@ -360,7 +360,8 @@ def test_deciding_is_the_network_and_samples_its_softmax():
 
 @pytest.mark.parametrize("persistence", [0.0, 0.75, 1.0])
 def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persistence):
-    noise = ppo_mario.persistent_noise(np.random.default_rng(1), (101, 400, 3), persistence)
+    noise, loud = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), persistence, exploration=0)
+    assert not loud.any()
     kept = noise[1:] == noise[:-1]
     assert np.array_equal(kept.any(axis=2), kept.all(axis=2))  # for all actions or for none
     assert abs(kept.mean() - persistence) <= 4 * (persistence * (1 - persistence) / 40_000) ** 0.5
@@ -370,7 +371,23 @@ def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persis
     assert np.abs(shares - probabilities).max() < 4 * 0.5 / 400**0.5
 
 
+def test_loud_noise_is_as_frequent_as_is_said_and_ten_times_as_loud_for_as_long_as_it_persists():
+    quiet, _ = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), 0.75, exploration=0)
+    noise, loud = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), 0.75, exploration=0.1)
+    assert np.array_equal(noise, np.where(loud[..., None], 10 * quiet, quiet))
+    assert abs(loud.mean() - 0.1) < 0.02 and abs(loud[1:][loud[:-1]].mean() - (0.75 + 0.25 * 0.1)) < 0.03
+
+
 # --- training
+
+
+@pytest.mark.parametrize("exploration", [0, 1])
+def test_what_loud_noise_chose_is_not_unlearned(exploration, monkeypatch):
+    advantages, update = [], ppo_mario.update
+    monkeypatch.setattr(ppo_mario, "update", lambda *args: advantages.append(args[2][-1]) or update(*args))
+    run(ppo_mario, f"{ONE_UPDATE} --no-norm-adv --exploration {exploration}")
+    advantages = torch.cat(advantages)
+    assert len(advantages) == 32 and (advantages > 0).any() and (advantages < 0).any() == (exploration == 0)
 
 
 class Counting(gym.Env):
