@@ -119,7 +119,7 @@ def parse_args(argv=None):
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
     flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
-    flag("--exploration", type=float, default=0.03, help="how likely noise is ten times as loud, falls to 0")
+    flag("--exploration", type=float, default=0.05, help="how likely noise is ten times as loud, falls to 0")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
@@ -781,9 +781,9 @@ def train(args, run_folder):
             for t, i, observation in cut_off:
                 rewards[t, i] += args.gamma * decide(agent, observation[None])[2][0]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
-            # What loud noise chose is learned from where it was better than expected (as in Oh et al., 2018), and not
+            # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and not
             # unlearned where it was not: else whatever is difficult is soon never chosen without it.
-            advantages[loud & (advantages < 0)] = 0
+            advantages[loud] = np.maximum(advantages[loud] - 2 * advantages.std(), 0)
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.
