@@ -783,7 +783,7 @@ def train(args, run_folder):
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
             # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and not
             # unlearned where it was not: else whatever is difficult is soon never chosen without it.
-            advantages[loud] = np.maximum(advantages[loud] - 2 * advantages.std(), 0)
+            advantages[loud] = np.maximum(advantages[loud] - 2 * np.std(gather([advantages])), 0)
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.

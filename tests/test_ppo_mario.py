@@ -382,12 +382,20 @@ def test_loud_noise_is_as_frequent_as_is_said_and_ten_times_as_loud_for_as_long_
 
 
 @pytest.mark.parametrize("exploration", [0, 1])
-def test_what_loud_noise_chose_is_not_unlearned(exploration, monkeypatch):
-    advantages, update = [], ppo_mario.update
-    monkeypatch.setattr(ppo_mario, "update", lambda *args: advantages.append(args[2][-1]) or update(*args))
-    run(ppo_mario, f"{ONE_UPDATE} --seed 4 --no-norm-adv --exploration {exploration}")
-    advantages = torch.cat(advantages)
-    assert len(advantages) == 32 and (advantages > 0).any() and (advantages < 0).any() == (exploration == 0)
+def test_what_loud_noise_chose_is_learned_from_only_where_it_was_far_better_than_expected(exploration, monkeypatch):
+    given, taken, compute_gae, update = [], [], ppo_mario.compute_gae, ppo_mario.update
+
+    def spy(*args):
+        advantages, returns = compute_gae(*args)
+        given.extend(advantages.flat)
+        return advantages, returns
+
+    monkeypatch.setattr(ppo_mario, "compute_gae", spy)
+    monkeypatch.setattr(ppo_mario, "update", lambda *args: taken.extend(args[2][-1].tolist()) or update(*args))
+    run(ppo_mario, f"{ONE_UPDATE} --num-steps 64 --total-timesteps 128 --no-norm-adv --exploration {exploration}")
+    far = 2 * np.std(given)
+    expected = [max(advantage - far, 0) for advantage in given] if exploration else given
+    assert sorted(taken) == pytest.approx(sorted(expected), abs=1e-6) and max(taken) > 0 and len(taken) == 128
 
 
 class Counting(gym.Env):
