@@ -119,7 +119,7 @@ def parse_args(argv=None):
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
     flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
-    flag("--exploration", type=float, default=0.05, help="how likely noise is ten times as loud, falls to 0")
+    flag("--exploration", type=float, default=0.05, help="how likely noise is ten times as loud, 0 halfway")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
@@ -752,7 +752,8 @@ def train(args, run_folder):
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             noise_shape = (args.num_steps, args.num_envs, n_actions)
-            noise = exploring_noise(rng, noise_shape, args.persistence * to_go, args.exploration * to_go)
+            loud_share = args.exploration * max(0, 2 * to_go - 1)
+            noise = exploring_noise(rng, noise_shape, args.persistence * to_go, loud_share)
             noise, loud = (array[:, mine] for array in noise)
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
