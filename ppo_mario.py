@@ -105,7 +105,7 @@ def parse_args(argv=None):
     flag("--track", action=switch, default=False, help="log to Weights & Biases as well (pip install wandb)")
     flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
     flag("--action-set", choices=ACTION_SETS, default="simple", help="what can be pressed: run right, ... everything")
-    flag("--stuck-steps", type=int, default=60, help="training truncates an episode so long without progress")
+    flag("--stuck-steps", type=int, default=60, help="training ends an episode so long without progress")
     flag("--total-timesteps", type=int, default=800_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
     flag("--num-envs", type=int, default=8, help="environments side by side, each in its process, in all")
@@ -457,7 +457,10 @@ class ShapeReward(gym.Wrapper):
 
 
 class EndWhenStuck(gym.Wrapper):
-    """Truncate an episode that has come no further for so many steps: rather than wait for the clock, start anew."""
+    """End an episode that has come no further for so many steps, like a death: what leads into a trap must cost there.
+
+    Were it a truncation, which is worth what its last observation is, a trap would be worth what lies around it.
+    """
 
     def __init__(self, env, stuck_steps):
         super().__init__(env)
@@ -474,7 +477,7 @@ class EndWhenStuck(gym.Wrapper):
         self.waited = 0 if place > self.furthest else self.waited + 1
         self.furthest = max(place, self.furthest)
         info["furthest_x"] = self.furthest[2]
-        return observation, reward, terminated, truncated or self.waited >= self.stuck_steps, info
+        return observation, reward, terminated or self.waited >= self.stuck_steps, truncated, info
 
 
 class StartAnywhere(gym.Wrapper):
@@ -757,16 +760,13 @@ def train(args, run_folder):
             noise, loud = (array[:, mine] for array in noise)
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
-            cut_off = []  # (t, i, last observation) of each episode that ended by getting stuck
             for t in range(args.num_steps + 1):
                 for envs, column in zip(halves, columns):
                     if t > 0:  # the answer to the actions before
-                        observations[t, column], rewards[t - 1, column], terminated, truncated, infos = envs.step_wait()
-                        dones[t - 1, column] = terminated | truncated
-                        for j in np.flatnonzero(terminated | truncated):
+                        observations[t, column], rewards[t - 1, column], terminated, _, infos = envs.step_wait()
+                        dones[t - 1, column] = terminated
+                        for j in np.flatnonzero(terminated):
                             last = infos["final_info"]
-                            if not terminated[j]:
-                                cut_off.append((t - 1, column.start + j, infos["final_obs"][j]))
                             if last["whole"][j]:
                                 sums = last["episode"]["r"][j], last["episode"]["l"][j]
                                 finished.append((*sums, last["furthest_x"][j], last["flag_get"][j]))
@@ -778,9 +778,6 @@ def train(args, run_folder):
 
             # 2. Advantages.
             last_value = decide(agent, observations[-1])[2]
-            # Getting stuck is not a failure: the episode would have gone on to earn the value of its last observation.
-            for t, i, observation in cut_off:
-                rewards[t, i] += args.gamma * decide(agent, observation[None])[2][0]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
             # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and not
             # unlearned where it was not: else whatever is difficult is soon never chosen without it.

@@ -271,14 +271,14 @@ def test_in_training_an_episode_of_the_whole_game_is_one_life():
     assert rewards[-1] == 0 and sum(rewards) > 0 and lengths[1] < lengths[0]
 
 
-def test_an_episode_that_comes_no_further_is_truncated():
+def test_an_episode_that_comes_no_further_ends():
     places = [40, 41, 41, 40, 42, 42, 42, 42, 42]
     env = ppo_mario.EndWhenStuck(Tape([(x, 0, 1.0, False) for x in places]), stuck_steps=3)
     for _ in range(2):
         env.reset()
         steps = [env.step(0) for _ in places[1:]]
-        assert [truncated for _, _, _, truncated, _ in steps] == [False] * 6 + [True] * 2
-        assert not any(terminated for _, _, terminated, _, _ in steps)
+        assert [terminated for _, _, terminated, _, _ in steps] == [False] * 6 + [True] * 2
+        assert not any(truncated for _, _, _, truncated, _ in steps)
         assert [reward for _, reward, _, _, _ in steps] == [1.0] * 8
 
 
@@ -332,7 +332,7 @@ def test_the_network_sees_four_observations_and_only_training_is_shaped_and_ends
         assert observation.shape == (4, 84, 84) and observation.dtype == np.uint8 and not observation.any()
         steps = [env.step(0) for _ in range(2)]
         assert [step[1] for step in steps] == pytest.approx([reward] * 2)
-        assert [step[3] for step in steps] == ends
+        assert [step[2] for step in steps] == ends
         assert [step[0][:, 0, 0].tolist() for step in steps] == [[0, 0, 0, 4], [0, 0, 4, 8]]  # the newest last
 
 
@@ -399,13 +399,10 @@ def test_what_loud_noise_chose_is_learned_from_only_where_it_was_far_better_than
 
 
 class Counting(gym.Env):
-    """Episodes have as many steps as the first seed says; step k shows k and pays k. The last ends it or cuts it."""
+    """Episodes have as many steps as the first seed says; step k shows k and pays k."""
 
     action_space = gym.spaces.Discrete(3)
     observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
-
-    def __init__(self, is_cut):
-        self.is_cut = is_cut
 
     def reset(self, *, seed=None, options=None):
         self.length, self.k = seed or self.length, 0
@@ -413,14 +410,12 @@ class Counting(gym.Env):
 
     def step(self, action):
         self.k += 1
-        last = self.k == self.length
         info = {"whole": True, "furthest_x": self.k, "flag_get": False, "episode": {"r": 0.0, "l": self.k}}
         observation = np.full((4, 84, 84), self.k, dtype=np.uint8)
-        return observation, float(self.k), last and not self.is_cut, last and self.is_cut, info
+        return observation, float(self.k), self.k == self.length, False, info
 
 
-@pytest.mark.parametrize("is_cut", [False, True])
-def test_no_transition_crosses_an_episode_and_only_who_is_stuck_bootstraps(is_cut, monkeypatch, tmp_path):
+def test_no_transition_crosses_an_episode(monkeypatch, tmp_path):
     seen, compute_gae, decide = [], ppo_mario.compute_gae, ppo_mario.decide
 
     def spy(*args):
@@ -432,7 +427,7 @@ def test_no_transition_crosses_an_episode_and_only_who_is_stuck_bootstraps(is_cu
 
     monkeypatch.setattr(ppo_mario, "compute_gae", spy)
     monkeypatch.setattr(ppo_mario, "decide", easy_to_follow)
-    monkeypatch.setattr(ppo_mario, "make_env", lambda *_: Counting(is_cut))
+    monkeypatch.setattr(ppo_mario, "make_env", lambda *_: Counting())
     flags = "--gamma 0.5 --seed 3 --num-envs 3 --num-steps 8 --num-minibatches 2 --total-timesteps 24"
     ppo_mario.train(ppo_mario.parse_args(flags.split()), tmp_path)
 
@@ -441,9 +436,7 @@ def test_no_transition_crosses_an_episode_and_only_who_is_stuck_bootstraps(is_cu
     assert values == [[0, 100, 200, 0, 100, 200, 0, 100], [0, 100, 200, 300] * 2, [0, 100, 200, 300, 400, 0, 100, 200]]
     assert dones == [[0, 0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 1] * 2, [0, 0, 0, 0, 1, 0, 0, 0]]
     assert last_value == [200, 0, 300]
-    # To be stuck adds gamma * V(last observation) to the reward of that step; termination adds nothing.
-    a, b, c = (k + 50 * k * is_cut for k in (3, 4, 5))
-    assert rewards == [[1, 2, a, 1, 2, a, 1, 2], [1, 2, 3, b] * 2, [1, 2, 3, 4, c, 1, 2, 3]]
+    assert rewards == [[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 3, 4] * 2, [1, 2, 3, 4, 5, 1, 2, 3]]
 
 
 # --- runs through main
