@@ -117,7 +117,7 @@ def parse_args(argv=None):
     flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
     flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--ent-coef", type=float, default=0.01, help="weight of the entropy bonus, which falls linearly to 0")
+    flag("--ent-coef", type=float, default=0.003, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
     flag("--exploration", type=float, default=0.05, help="how likely noise is ten times as loud, 0 halfway")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
