@@ -762,7 +762,7 @@ def train(args, run_folder):
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
             for t in range(args.num_steps + 1):
                 for envs, column in zip(halves, columns):
-                    if t > 0:  # the answer to the actions before
+                    if t > 0:  # the answer to the actions before, in which nothing is truncated
                         observations[t, column], rewards[t - 1, column], terminated, _, infos = envs.step_wait()
                         dones[t - 1, column] = terminated
                         for j in np.flatnonzero(terminated):
