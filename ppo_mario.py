@@ -119,7 +119,7 @@ def parse_args(argv=None):
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
     flag("--ent-coef", type=float, default=0.003, help="weight of the entropy bonus, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
-    flag("--exploration", type=float, default=0.05, help="how likely noise is ten times as loud, 0 halfway")
+    flag("--exploration", type=float, default=0.05, help="how likely noise is 10 times as loud, falls to 0 halfway")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
