@@ -79,6 +79,8 @@ RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     EXPECTED += (RuntimeError,)  # when another process has died
+    # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
+    BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -157,7 +159,7 @@ def parse_args(argv=None):
         parser.error(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
     parts = WORLD_SIZE * args.num_minibatches
     if args.num_envs % WORLD_SIZE or batch_size % parts or batch_size == parts:
-        parser.error(f"--num-envs {args.num_envs}, --num-minibatches: a batch must be {parts} parts of 2 or more")
+        parser.error(f"--num-envs {args.num_envs} must divide by {WORLD_SIZE}, a batch into {parts} parts of 2 or more")
     return args
 
 
@@ -699,7 +701,8 @@ def train(args, run_folder):
     threads = int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
     torch.set_flush_denormal(True)  # Adam's averages for units that never fire fade into numbers that CPUs are slow at
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device(f"cuda:{LOCAL_RANK}" if args.cuda and torch.cuda.is_available() else "cpu")
+    gpus = torch.cuda.device_count() if args.cuda else 0
+    device = torch.device(f"cuda:{LOCAL_RANK % gpus}" if gpus else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
     rng = np.random.default_rng(args.seed)  # everything random after that, in all processes alike: actions, minibatches
     num_envs = args.num_envs // WORLD_SIZE
@@ -1066,7 +1069,7 @@ def main(argv=None):
         if RANK > 0:
             sys.stdout = io.StringIO()
             if not {"-h", "--help"} & {*sys.argv}:  # or else this waits for process 0, until that has found no mistake
-                dist.init_process_group()
+                dist.init_process_group(BACKEND)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -1086,8 +1089,8 @@ def main(argv=None):
         if RANK == 0:
             run_folder = start_run(args)
             if WORLD_SIZE > 1:
-                dist.init_process_group()
-        agent, global_step = train(args, run_folder)
+                dist.init_process_group(BACKEND)
+        agent, global_step = train(gather([args])[0], run_folder)  # process 0's flags hold for all
         if RANK > 0:
             atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
             return agent
@@ -1110,7 +1113,8 @@ def main(argv=None):
         can_resume = run_folder and (run_folder / "checkpoint.pt").is_file()
         why = " ".join(str(error).split()) or "stopped"
         hub = "Hugging Face Hub: " if isinstance(error, HTTPError) else ""
-        sys.exit(f"error: {hub}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
+        dead = "another process has ended: " if isinstance(error, RuntimeError) else ""
+        sys.exit(f"error: {hub}{dead}{why}{f'; go on with: --resume {run_folder}' if can_resume else ''}")
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "--num-envs 4 --num-steps 64 --num-minibatches 2 --update-epochs 2 --n-eval-episodes 2 --seed 3"
 MARIO = "--env-id SuperMarioBros-1-3-v0 --num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 64"
 
-# What each process runs: the script, and then its weights go into a file. {} is the script's name.
+# What each process runs: the script, and then its weights go into a file. {} is the script's name. PyTorch's usual
+# build says that it is for GPUs, on machines without any, too.
 KEEP_WEIGHTS = """
 import sys, torch
+torch._C._get_accelerator = lambda: torch.device("cuda")
 import {0}
 agent = {0}.main(sys.argv[1:])
 torch.save(agent.state_dict(), f"weights{{{0}.RANK}}.pt")
@@ -144,7 +146,9 @@ def test_two_launchers_meet_as_two_machines_would():
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     launch = f"--nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint {endpoint} --local-addr 127.0.0.1"
-    launchers = [start(KEEP_WEIGHTS.format("ppo"), f"{FLAGS} --total-timesteps 512", launch) for _ in range(2)]
+    program, launchers = KEEP_WEIGHTS.format("ppo"), []
+    for seed in (3, 4):  # one person's mistake
+        launchers.append(start(program, f"{FLAGS} --total-timesteps 512 --seed {seed}", launch))
     for launcher in launchers:
         _, err, code = end(launcher)
         assert code == 0, err
@@ -154,7 +158,11 @@ def test_two_launchers_meet_as_two_machines_would():
 
 @pytest.mark.parametrize(
     ("flags", "says"),
-    [("--num-envs 3", "--num-envs 3"), ("--env-id Nope-v0", "Nope"), ("--evaluate random", "one process")],
+    [
+        ("--num-envs 3", "--num-envs 3 must divide by 2"),
+        ("--env-id Nope-v0", "Nope"),
+        ("--evaluate random", "one process"),
+    ],
 )
 def test_a_mistake_is_told_once_before_training(flags, says):
     out, err, code = end(start("import ppo\nppo.main()", flags))
@@ -197,6 +205,7 @@ def test_they_end_together_and_the_checkpoint_is_good(script, stop):
     lines = re.findall(r"^(?:\w+\.py: )?error: .*", err, re.MULTILINE)
     if stop != "process 0 dies":
         assert len(lines) == 1 and lines[0].endswith(f"; go on with: --resume {the_run()}"), err
+        assert "error: stopped" in lines[0] or "error: another process has ended" in lines[0]
         assert "Process Worker" not in err  # an emulator's traceback
 
 
