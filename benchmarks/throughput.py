@@ -66,6 +66,12 @@ def ours_torchrun(script, processes, *flags):
         return last_scalar("charts/SPS", folder)
 
 
+def ours_twice(script, *flags):
+    """Two trainings at once that exchange nothing: what two processes could do together at the most."""
+    with multiprocessing.Pool(2) as both:
+        return sum(both.starmap(ours_torchrun, [(script, 1, *flags)] * 2))
+
+
 def ours_ppo(env_id, steps, **settings):
     """Train with ppo.py; settings: what differs from CleanRL's defaults, given in the place of TUNED's row."""
     return ours("ppo", "--anneal-lr", "--clip-vloss", *flags_of(env_id, steps, **{**CLEANRL, **settings}))
@@ -439,7 +445,8 @@ def torchrun_section(options):
         "PPO on LunarLander-v2, 32 environments in each process": {
             name: partial(ours_torchrun, "ppo.py", n, *lunar_lander, f"--num-envs={32 * n}")
             for name, n in counts.items()
-        },
+        }
+        | {"2 trainings": partial(ours_twice, "ppo.py", *lunar_lander, "--num-envs=32")},
         "PPO on SuperMarioBros-1-1-v0, 8 environments in all": {
             name: partial(ours_torchrun, "ppo_mario.py", n, *mario) for name, n in counts.items()
         },
