@@ -150,9 +150,11 @@ def parse_args(argv=None):
     args.total_timesteps -= args.total_timesteps % batch_size  # whole iterations: what will really be trained
     if args.total_timesteps < max(batch_size, checkpoint.get("global_step", 0)):
         parser.error(f"--total-timesteps is less than one batch, {batch_size}, or than --resume's run has had already")
+    if args.num_envs % WORLD_SIZE:
+        parser.error(f"--num-envs {args.num_envs} is no multiple of {WORLD_SIZE}, the number of processes")
     parts = WORLD_SIZE * args.num_minibatches
-    if args.num_envs % WORLD_SIZE or batch_size % parts or batch_size == parts:
-        parser.error(f"--num-envs {args.num_envs} must divide by {WORLD_SIZE}, a batch into {parts} parts of 2 or more")
+    if batch_size % parts or batch_size == parts:
+        parser.error(f"--num-envs {args.num_envs}, --num-minibatches: a batch must be {parts} parts of 2 or more")
     return args
 
 

@@ -159,7 +159,7 @@ def test_two_launchers_meet_as_two_machines_would():
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--num-envs 3", "--num-envs 3 must divide by 2"),
+        ("--num-envs 3", "--num-envs 3 is no multiple of 2"),
         ("--env-id Nope-v0", "Nope"),
         ("--evaluate random", "one process"),
     ],
