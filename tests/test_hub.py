@@ -41,18 +41,19 @@ def the_run(cwd="."):
 
 
 def the_line(result, code=None):
-    """The one line that a failed run says, checked: exit code, no traceback, no token, and nothing after it.
+    """The one line that a failed run says, checked: exit code, no traceback, no token.
 
-    Above it may stand the progress of the training, and what the client says so that a user sees what it waits for.
+    Besides it there may be the progress of the training, and what the client says so that a user sees what it waits
+    for; it commits in a thread, which may speak after an interruption, too.
     """
     assert result.returncode == code if code else result.returncode > 0, result.stdout + result.stderr
     assert "Traceback" not in result.stderr + result.stdout
     assert TOKEN not in result.stderr + result.stdout
-    *above, line = result.stderr.splitlines()
-    the_error(line)
     remarks = r" *\d+% |.*thrown while requesting|Retrying in|No files matched"
-    assert all(re.match(remarks, remark) for remark in above), result.stderr
-    return line
+    lines = [line for line in result.stderr.splitlines() if not re.match(remarks, line)]
+    assert len(lines) == 1, result.stderr
+    the_error(lines[0])
+    return lines[0]
 
 
 class Trained(NamedTuple):
@@ -233,7 +234,8 @@ def test_a_failed_upload_leaves_the_package_and_the_command_that_pushes_it(train
     run_folder = the_run()
     command = f"hf upload {repo_id} {run_folder}/hub"
     assert the_line(result, 1).endswith(command)
-    assert hub.repos[repo_id] == {}
+    if fault != SLOW:  # the client's thread may go on with what was interrupted
+        assert hub.repos[repo_id] == {}
     assert package_of(run_folder) == package_of(trained.run_folder)
     assert read(run_folder, "results.json")["mean_reward"] == trained.results["mean_reward"]
 
