@@ -338,10 +338,7 @@ def train(args, run_folder):
     last_checkpoint = 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
-    with (
-        SummaryWriter(**logs) as writer,
-        progress_bar(args.total_timesteps, global_step, "step") as bar,
-    ):
+    with SummaryWriter(**logs) as writer, progress_bar(args.total_timesteps, global_step, "step") as bar:
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for iteration in range(global_step // args.train_frequency, num_iterations):
             # 1. Act, epsilon-greedily, and remember what happened.

@@ -244,10 +244,7 @@ def train(args, run_folder):
     first_step, last_checkpoint = global_step, 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
-    with (
-        SummaryWriter(**logs) as writer,
-        progress_bar(args.n_training_episodes, first_episode, "episode") as bar,
-    ):
+    with SummaryWriter(**logs) as writer, progress_bar(args.n_training_episodes, first_episode, "episode") as bar:
         writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for episode in range(first_episode, args.n_training_episodes):
             epsilon = epsilon_at(episode, args.max_epsilon, args.min_epsilon, args.decay_rate)
