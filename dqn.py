@@ -288,6 +288,7 @@ def update(agent, target, parameters, optimizer, minibatch, args):
     return {"td_loss": loss.detach(), "q_values": values.detach().mean()}
 
 
+@torch.enable_grad()  # in a notebook, a Ctrl-C inside no_grad() may leave gradients off: this puts them back
 def train(args, run_folder):
     """Train an agent with DQN; with --resume, go on from the checkpoint in run_folder. Checkpoints and curves go there.
 

@@ -339,6 +339,7 @@ def update(agent, parameters, optimizer, minibatch, args):
     return log_probs.detach(), losses
 
 
+@torch.enable_grad()  # in a notebook, a Ctrl-C inside no_grad() may leave gradients off: this puts them back
 def train(args, run_folder):
     """Train an agent with PPO; with --resume, go on from the checkpoint in run_folder. Checkpoints and curves go there.
 

@@ -407,6 +407,7 @@ def update(agent, optimizer, observations, actions, returns, n_episodes):
     return {"policy_loss": -objective.detach(), "entropy": entropy.detach()}
 
 
+@torch.enable_grad()  # in a notebook, a Ctrl-C inside no_grad() may leave gradients off: this puts them back
 def train(args, run_folder):
     """Train an agent with REINFORCE; with --resume, go on from the checkpoint in run_folder, where checkpoints and
     curves go. Returns the agent and the number of steps it was trained for.

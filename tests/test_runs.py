@@ -72,6 +72,20 @@ def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_score
     assert script.main(["--evaluate", str(run_folder)]).items() <= results.items()
 
 
+@pytest.mark.parametrize("script", [ppo, reinforce, dqn, ppo_mario])
+def test_a_ctrl_c_inside_no_grad_leaves_gradients_on(script, monkeypatch):
+    def stopped_update(*_):
+        torch.set_grad_enabled(False)  # an interrupt within no_grad's own __exit__ keeps it from switching back
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "update", stopped_update)
+    with pytest.raises(SystemExit, match="error: stopped"):
+        script.main(SHORT[script].split())
+    left_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # for the tests that follow
+    assert left_on
+
+
 @pytest.mark.parametrize("script", [ppo, reinforce])
 def test_numpy_acting_is_the_network_and_samples_its_softmax(script):
     torch.manual_seed(0)
