@@ -225,15 +225,17 @@ def draw():
 
 def draw_stages():
     """docs/mario-stages.png: the flags in 100 episodes of every stage that was tried, of its worst seed."""
-    figure, axes = new_figure(1, 1, (3.6, 5))
-    flags = np.full((8, 4), np.nan)
+    figure, axes = new_figure(1, 1, (5.2, 3.2))
+    flags = np.full((4, 8), np.nan)
     for world, stage in STAGES:
         if runs := load(f"mario-{world}-{stage}"):
-            flags[world - 1, stage - 1] = worst = 100 * min(run["flag_rate"] for run in runs)
-            axes[0, 0].text(stage, world, f"{worst:.0f}", ha="center", va="center")
-    axes[0, 0].imshow(flags, cmap="RdYlGn", vmin=0, vmax=100, extent=(0.5, 4.5, 8.5, 0.5), alpha=0.6)
-    axes[0, 0].set(xticks=range(1, 5), yticks=range(1, 9), xlabel="stage", ylabel="world")
-    axes[0, 0].set_title("flags in 100 episodes\nof the worst seed; empty: not tried")
+            flags[stage - 1, world - 1] = worst = 100 * min(run["flag_rate"] for run in runs)
+            axes[0, 0].text(world, stage, f"{worst:.0f}", ha="center", va="center")
+    grid = np.arange(9) + 0.5
+    axes[0, 0].pcolormesh(grid, grid[:5], flags, cmap="RdYlGn", vmin=0, vmax=100, alpha=0.6, edgecolors="white")
+    axes[0, 0].set(xticks=range(1, 9), yticks=range(1, 5), xlabel="world", ylabel="stage", ylim=(4.5, 0.5))
+    axes[0, 0].set(aspect="equal", facecolor="0.95")
+    axes[0, 0].set_title("flags in 100 episodes, the worst seed's; empty: not tried")
     axes[0, 0].grid(visible=False)
     save(figure, "mario-stages")
 
