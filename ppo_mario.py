@@ -240,7 +240,7 @@ class SuperMarioBros(gym.Env):
         self.skip_start_screen()
         self.screen = self.emulator.get_screen()
         self.start = self.moment()
-        self.flags = []  # of each episode that ended, whether it did so at the flag
+        self.flags = []  # of each episode that ended, whether it came to a flag
 
     # To know more of the game, add a line to `info`, such as "speed": self.read(0x0057), a name and an address in
     # the console's memory. There is a map of it at https://datacrystal.tcrf.net/wiki/Super_Mario_Bros./RAM_map.
@@ -286,8 +286,8 @@ class SuperMarioBros(gym.Env):
         return self.read(0x0770) == 2
 
     def is_at_flag(self):
-        """Whether the stage is finished: a castle's end, or sliding down its flagpole (0x31; Bowser is 0x2D)."""
-        # Climbing a vine is 3 as well as sliding, so one of the five enemies around must be the flagpole.
+        """Whether the stage is finished: a castle's end, or sliding down its flagpole."""
+        # Climbing a vine is 3 as well as sliding, so one of the five enemies around must be the castle's flag, 0x31.
         slides = self.read(0x001D) == 3 and any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
         return slides or self.is_world_over()
 
@@ -326,7 +326,7 @@ class SuperMarioBros(gym.Env):
         super().reset(seed=seed)
         state, screen = (options or {}).get("moment", self.start)
         self.emulator.set_state(state)
-        self.last_x, self.last_clock = self.x(), self.clock()
+        self.last_x, self.last_clock, self.came_to_a_flag = self.x(), self.clock(), False
         self.screen = screen.copy()
         return self.screen, self.info()
 
@@ -340,8 +340,10 @@ class SuperMarioBros(gym.Env):
         self.last_x, self.last_clock = x, clock
         info = self.info()
         terminated = info["life"] == 0xFF if self.world is None else dying or info["flag_get"]  # 0xFF: no life is left
+        # Who takes a pipe to another world, instead of a stage's flag, may go on to a flag there.
+        self.came_to_a_flag |= info["flag_get"] and self.world in (None, info["world"])
         if terminated:
-            self.flags.append(info["flag_get"])
+            self.flags.append(self.came_to_a_flag)
         else:
             self.skip_scenes()
         self.screen = self.emulator.get_screen()
@@ -488,8 +490,8 @@ class StartAnywhere(gym.Wrapper):
     """Begin every second episode at one of the places where others have been, all of them being equally likely.
 
     So a stage is learned all at once, and not its beginning first (Tavakoli et al., 2018, Ecoffet et al., 2021). A
-    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for 30 steps; --resume
-    begins without any.
+    place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for some 30 steps;
+    --resume begins without any.
     """
 
     def __init__(self, env):
@@ -785,8 +787,8 @@ def train(args, run_folder):
             # 2. Advantages.
             last_value = decide(agent, observations[-1])[2]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
-            # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and not
-            # unlearned where it was not: else whatever is difficult is soon never chosen without it.
+            # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and
+            # hardly unlearned where it was not: else whatever is difficult is soon never chosen without it.
             advantages[loud] = np.maximum(advantages[loud] - 2 * np.std(gather([advantages])), 0)
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
@@ -933,7 +935,7 @@ def score_and_film(env, policy, seeds, folder=None):
 
 
 def score_with_flags(env, policy, seeds, folder=None):
-    """`score_and_film`, and the share of the episodes that ended at the flag."""
+    """`score_and_film`, and the share of the episodes that came to the flag, in the whole game to one at least."""
     score = score_and_film(env, policy, seeds, folder)
     score["flag_rate"] = float(np.mean(env.unwrapped.flags[: len(seeds)]))  # without the film's
     msg.good(f"flag_rate {score['flag_rate']:.2f}")

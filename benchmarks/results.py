@@ -96,25 +96,29 @@ def train(task, command, seed, jobs, program=()):
     script, *flags = shlex.split(command)
     name = f"seed-{seed}-{time.time_ns()}"  # by which its folder is found
     flags += ["--seed", str(seed), "--exp-name", name]
+    commit = commit_of(script)  # now, and not an hour later
     started = time.perf_counter()
     done = subprocess.run([sys.executable, *(program or [str(ROOT / script)]), *flags], stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     if done.returncode:
         sys.exit(f"error: {command} --seed {seed} ended with exit code {done.returncode}")
     (run_folder,) = Path("runs").glob(f"*__{name}__*")
-    results = summary(task, command, seed, run_folder, seconds, jobs)
+    results = summary(task, command, seed, run_folder, seconds, jobs) | {"commit": commit}
     with keeping:
         keep(results)
+
+
+def commit_of(script):
+    """The commit that changed the script last, and -dirty where the file differs from it."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "log", "-1", "--format=%h", "--", script]).stdout.strip()
+    return commit + "-dirty" * (git(["git", "diff", "--quiet", "HEAD", "--", script]).returncode != 0)
 
 
 def summary(task, command, seed, run_folder, seconds, jobs):
     """What is worth keeping of a finished run: its score, its times, its learning curve."""
     results = json.loads((run_folder / "hub" / "results.json").read_text())
     curves, training_seconds = events_of(run_folder / "hub" / "logs")
-    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-    script = command.split()[0]
-    commit = git(["git", "log", "-1", "--format=%h", "--", script]).stdout.strip()
-    dirty = git(["git", "diff", "--quiet", "HEAD", "--", script]).returncode != 0
     result = {
         "task": task,
         "command": f"python {command} --seed {seed}",
@@ -127,7 +131,6 @@ def summary(task, command, seed, run_folder, seconds, jobs):
         "command_seconds": round(seconds, 1),
         "runs_side_by_side": jobs,
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}, {platform.platform()}",
-        "commit": commit + "-dirty" * dirty,  # that changed the script last; -dirty where it differs from it
         "curve": thin(curves["charts/episodic_return"]),
     }
     if "charts/flag_rate" in curves:
@@ -190,7 +193,7 @@ def without_truncation(argv):
 
 
 def draw():
-    """docs/learning-curves.png and docs/ablation.png, as far as there are runs."""
+    """docs/learning-curves.png, ablation.png and mario-stages.png, as far as there are runs."""
     left_out = {"q-frozenlake-8x8", "q-frozenlake-slippery", *(f"mario-{w}-{s}" for w, s in STAGES[1:])}
     tasks = [task for task in TASKS if load(task) and task not in left_out]
     rows = -(-len(tasks) // 5)

@@ -257,6 +257,20 @@ def test_who_leaves_a_stage_for_a_warp_zone_is_dead_in_training_and_only_there(a
         assert env.unwrapped.flags == ([True, False] if flag else [False])
 
 
+def test_flags_of_other_worlds_do_not_count_but_in_the_whole_game():
+    for world, flag in ((2, False), (None, True)):
+        with contextlib.closing(ppo_mario.make_env("SuperMarioBros-1-2-v0")) as env:
+            env.reset()
+            for action in TO_THE_FLAG[:-1]:
+                env.step(int(action))
+            env.unwrapped.world = world  # as if the episode had begun there
+            _, _, terminated, _, info = env.step(int(TO_THE_FLAG[-1]))
+            assert info["flag_get"] and terminated == (world is not None)
+            while not terminated:  # runs on, until all three lives are lost
+                _, _, terminated, _, _ = env.step(3)
+            assert env.unwrapped.flags == [flag]
+
+
 def test_in_training_an_episode_of_the_whole_game_is_one_life():
     lengths = []
     for stuck_steps in (None, 60):
