@@ -315,6 +315,16 @@ def gather(items):
     return [item for items in lists for item in items]
 
 
+def average(vector):
+    """Replace a vector by its mean over all of torchrun's processes: all_reduce, but faster for small ones."""
+    everyones = vector.new_empty(WORLD_SIZE * len(vector))
+    work = dist.all_gather_into_tensor(everyones, vector, async_op=True)
+    while not (vector.is_cuda or work.is_completed()):  # to fall asleep and wake up would take longer than this does
+        os.sched_yield()
+    work.wait()  # raises an error if there was one
+    torch.mean(everyones.view(WORLD_SIZE, -1), dim=0, out=vector)
+
+
 def update(agent, parameters, optimizer, minibatch, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
@@ -330,9 +340,8 @@ def update(agent, parameters, optimizer, minibatch, args):
 
     parameters.grad.zero_()
     loss.backward()
-    if WORLD_SIZE > 1:  # the mean over all processes
-        dist.all_reduce(parameters.grad)
-        parameters.grad /= WORLD_SIZE
+    if WORLD_SIZE > 1:
+        average(parameters.grad)
     parameters.grad[None].renorm_(2, 0, args.max_grad_norm)  # clip_grad_norm_, in one kernel
     optimizer.step()
     losses = {"value_loss": v_loss.detach(), "policy_loss": -objective.detach(), "entropy": entropy.detach()}
