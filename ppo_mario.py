@@ -287,7 +287,8 @@ class SuperMarioBros(gym.Env):
 
     def is_at_flag(self):
         """Whether the stage is finished: a castle's end, or sliding down its flagpole."""
-        # Climbing a vine is 3 as well as sliding, so one of the five enemies around must be the castle's flag, 0x31.
+        # Climbing a vine is 3 as well as sliding: one of the five enemies around must be the castle's flag, 0x31, or
+        # Bowser, 0x2D.
         slides = self.read(0x001D) == 3 and any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
         return slides or self.is_world_over()
 
