@@ -719,11 +719,9 @@ def train(args, run_folder):
     # next one's first observation in the same step, and the old one's last observation in infos. So every transition in
     # the batch lies inside one episode.
     make = functools.partial(make_worker_env, args.env_id, args.action_set, args.rom, None, args.stuck_steps)
-    how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
     half = (num_envs + 1) // 2
     columns = [slice(0, half), slice(half, num_envs)][:num_envs]
-    halves = [gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how) for column in columns]
-    n_actions = int(halves[0].single_action_space.n)
+    n_actions = len(ACTION_SETS[args.action_set])
     agent = Agent(n_actions).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
 
@@ -749,7 +747,7 @@ def train(args, run_folder):
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder and run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
-        ending_workers(halves),
+        worker_processes(make, columns) as halves,
         contextlib.nullcontext() if RANK else SummaryWriter(**logs) as writer,
         contextlib.nullcontext() if RANK else progress_bar(args.total_timesteps, global_step, "step") as bar,
     ):
@@ -850,10 +848,25 @@ def train(args, run_folder):
 
 
 @contextlib.contextmanager
-def ending_workers(halves):
-    """End the worker processes in any case; where one has died by itself, raise an OSError that says so."""
+def worker_processes(make, columns):
+    """An AsyncVectorEnv for each slice of columns; in any case its processes end with the block.
+
+    Where one of them has died by itself, raises an OSError that says so.
+    """
+    how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
+    halves, signals = [], []
+    note = lambda number, _: signals.append(number)  # noqa: E731
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        try:  # what a signal's handler raises inside os.fork is swallowed there, so it waits until all have started
+            for column in columns:
+                halves.append(gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            for number in signals:
+                signal.raise_signal(number)
+        yield halves
     except (EOFError, ConnectionError) as error:
         raise OSError("an environment's worker process has died, perhaps for want of memory") from error
     finally:

@@ -1,6 +1,7 @@
 """ppo_mario.py: the game against recordings of the original, each wrapper by hand, the agent, which one is packaged."""
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -497,3 +498,17 @@ def test_however_a_run_ends_it_leaves_no_process_one_line_and_can_go_on(name):
     total = ppo_mario.load_checkpoint(run_folder)["global_step"] + 32
     ppo_mario.main(["--resume", str(run_folder), "--total-timesteps", str(total)])
     assert ppo_mario.load_checkpoint(run_folder)["global_step"] == total
+
+
+@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="workers are not forked here")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_while_the_workers_start_is_not_lost(number):
+    """What a signal's handler raises inside os.fork, where these hooks run, Python prints and drops."""
+    program = (
+        "import os, signal, sys, ppo_mario\n"
+        f"os.register_at_fork(before=lambda: signal.raise_signal(signal.{number}))\n"
+        "ppo_mario.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", program, *ONE_UPDATE.split()]
+    done = subprocess.run(command, stderr=-1, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stderr) == (1, "error: stopped\n")
