@@ -392,15 +392,15 @@ def train(args, run_folder):
                     writer.add_scalar(name, value, global_step)
                 writer.flush()  # else TensorBoard's thread writes while the agent acts, and takes the GIL at every step
 
-            tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
-                video = run_folder / f"videos/step-{global_step}.mp4"
-                record_video(make_env(args.env_id, "rgb_array"), make_policy(agent), video)
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or is_last:
                 state = dict(agent=agent.state_dict(), target=target.state_dict(), optimizer=optimizer.state_dict())
                 state |= dict(rng=rng.bit_generator.state, buffer=torch.from_numpy(buffer[:global_step]))
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
+            tenth = (iteration + 1) * 10 // num_iterations
+            if args.capture_video and tenth > iteration * 10 // num_iterations:
+                video = run_folder / f"videos/step-{global_step}.mp4"
+                record_video(make_env(args.env_id, "rgb_array"), make_policy(agent), video)
     return agent, global_step
 
 

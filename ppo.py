@@ -477,14 +477,14 @@ def train(args, run_folder):
                 writer.add_scalar(name, value, global_step)
             writer.flush()  # else TensorBoard's thread writes during the rollout, and takes the GIL at every step of it
 
-            tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
-                policy = make_policy(agent, deterministic=False, seed=args.seed)
-                record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_iterations - 1:
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
+            tenth = (iteration + 1) * 10 // num_iterations
+            if args.capture_video and tenth > iteration * 10 // num_iterations:
+                policy = make_policy(agent, deterministic=False, seed=args.seed)
+                record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     return agent, global_step
