@@ -222,8 +222,8 @@ class SuperMarioBros(gym.Env):
 
     def __init__(self, world=None, stage=None, version=0, action_set="simple", rom=None, render_mode=None):
         actions = ACTION_SETS.get(action_set) if isinstance(action_set, str) else action_set
-        if actions is None:
-            raise gym.error.Error(f"action_set={action_set!r} is none of {', '.join(ACTION_SETS)}")
+        if actions is None or not {*" ".join(actions).split()} <= {*BUTTONS}:
+            raise gym.error.Error(f"action_set={action_set!r} is neither {', '.join(ACTION_SETS)} nor a list like it")
         masks = [[button in action.split() for button in BUTTONS] for action in [*actions, "", "START"]]
         *self.masks, self.nothing, self.start_button = np.array(masks, dtype=np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.masks))
@@ -958,15 +958,16 @@ def score_with_flags(env, policy, seeds, folder=None):
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
 def new_folder(args, purpose):
-    """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
+    """Make runs/{env_id}__{purpose}__{seed}__{time}, print that and return it."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
+    msg.info(f"{ALGORITHM} on {args.env_id}, into {folder}")
     return folder
 
 
 def start_run(args):
-    """Check --repo-id, make the run folder with this script in its package, or take --resume's; say what it is for."""
+    """Check --repo-id, make the run folder with this script in its package, or take --resume's; print the flags."""
     if args.repo_id:
         HfApi().whoami()
         args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
@@ -981,7 +982,6 @@ def start_run(args):
     script.parent.mkdir(exist_ok=True)
     if not script.exists():  # the text of this file, or of a notebook's cell, which Python keeps, too
         script.write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
     return run_folder
 

@@ -558,15 +558,16 @@ def score_and_film(env, policy, seeds, folder=None):
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
 def new_folder(args, purpose):
-    """Make runs/{env_id}__{purpose}__{seed}__{time} and return its path."""
+    """Make runs/{env_id}__{purpose}__{seed}__{time}, print that and return it."""
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
+    msg.info(f"{ALGORITHM} on {args.env_id}, into {folder}")
     return folder
 
 
 def start_run(args):
-    """Check --repo-id, make the run folder with this script in its package, or take --resume's; say what it is for."""
+    """Check --repo-id, make the run folder with this script in its package, or take --resume's; print the flags."""
     if args.repo_id:
         HfApi().whoami()
         args.repo_id = HfApi().create_repo(args.repo_id, exist_ok=True).repo_id  # with the user's name
@@ -581,7 +582,6 @@ def start_run(args):
     script.parent.mkdir(exist_ok=True)
     if not script.exists():  # the text of this file, or of a notebook's cell, which Python keeps, too
         script.write_text("".join(linecache.getlines(main.__code__.co_filename)), encoding="utf-8")
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {run_folder}")
     print(*(f"{name}={value}" for name, value in hyperparameters_of(args).items()), sep="  ")
     return run_folder
 

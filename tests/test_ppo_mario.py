@@ -62,8 +62,9 @@ def test_the_environments_are_registered_and_pass_gymnasium_s_checks(recwarn):
             gym.make("SuperMarioBros-1-1-v0")  # one emulator fits in one process
     with contextlib.closing(gym.make("SuperMarioBros-1-1")) as env:
         assert env.unwrapped.spec.id == "SuperMarioBros-1-1-v0"  # and not the rectangles of -v3
-    with pytest.raises(gym.error.Error, match="right, simple, complex"):
-        gym.make("SuperMarioBros-1-1-v0", action_set="simpl")
+    for action_set in ("simpl", ["right"]):  # a name in small letters is no button's
+        with pytest.raises(gym.error.Error, match="right, simple, complex"):
+            gym.make("SuperMarioBros-1-1-v0", action_set=action_set)
 
 
 def test_the_whole_game_has_three_lives_and_goes_on_after_a_death():

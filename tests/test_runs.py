@@ -210,8 +210,9 @@ def test_no_two_training_seeds_are_scored_on_the_same_episodes(script, monkeypat
     ("script", "flags", "low", "high"),
     [(ppo, "--n-eval-episodes 20", 10, 40), (ppo_mario, f"--n-eval-episodes 1 --env-id {STAGE}", 0, 1000)],
 )
-def test_the_random_agent_is_scored_and_filmed(script, flags, low, high):
+def test_the_random_agent_is_scored_and_filmed(script, flags, low, high, capsys):
     score = script.main(f"--evaluate random {flags}".split())
     assert low < score["mean_reward"] < high and not score.get("flag_rate")
     (replay,) = Path("runs").rglob("*.mp4")
+    assert f", into {replay.parent}\n" in capsys.readouterr().out
     assert imageio.get_reader(replay).count_frames() > 8
