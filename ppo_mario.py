@@ -222,8 +222,8 @@ class SuperMarioBros(gym.Env):
 
     def __init__(self, world=None, stage=None, version=0, action_set="simple", rom=None, render_mode=None):
         actions = ACTION_SETS.get(action_set) if isinstance(action_set, str) else action_set
-        if actions is None or not {*" ".join(actions).split()} <= {*BUTTONS}:
-            raise gym.error.Error(f"action_set={action_set!r} is neither {', '.join(ACTION_SETS)} nor a list like it")
+        if not actions or not {*" ".join(map(str, actions)).split()} <= {*BUTTONS}:
+            raise gym.error.Error(f"action_set={action_set!r} is not {', '.join(ACTION_SETS)} or a list like theirs")
         masks = [[button in action.split() for button in BUTTONS] for action in [*actions, "", "START"]]
         *self.masks, self.nothing, self.start_button = np.array(masks, dtype=np.uint8)
         self.action_space = gym.spaces.Discrete(len(self.masks))
@@ -747,7 +747,7 @@ def train(args, run_folder):
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder and run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
-        worker_processes(make, columns) as halves,
+        worker_processes(make, columns) as halves,  # first: to fork is safe as long as TensorBoard has no thread
         contextlib.nullcontext() if RANK else SummaryWriter(**logs) as writer,
         contextlib.nullcontext() if RANK else progress_bar(args.total_timesteps, global_step, "step") as bar,
     ):
@@ -849,16 +849,16 @@ def train(args, run_folder):
 
 @contextlib.contextmanager
 def worker_processes(make, columns):
-    """An AsyncVectorEnv for each slice of columns; in any case its processes end with the block.
+    """An AsyncVectorEnv for each slice of columns, whose processes end with the block; signals wait while they start.
 
-    Where one of them has died by itself, raises an OSError that says so.
+    Raises an OSError that says so where one of them has died by itself.
     """
     how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
     halves, signals = [], []
     note = lambda number, _: signals.append(number)  # noqa: E731
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        try:  # what a signal's handler raises inside os.fork is swallowed there, so it waits until all have started
+        try:  # what a signal's handler raises in a hook of os.fork, Python drops: signals wait until all have started
             for column in columns:
                 halves.append(gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how))
         finally:
@@ -962,7 +962,7 @@ def new_folder(args, purpose):
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {folder}")
+    msg.info(f"{purpose} on {args.env_id}, into {folder}")
     return folder
 
 

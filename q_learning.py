@@ -375,7 +375,7 @@ def new_folder(args, purpose):
     name = f"{args.env_id}__{purpose}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder = Path("runs") / "".join(letter if letter.isalnum() or letter in "_.-" else "-" for letter in name)
     folder.mkdir(parents=True)
-    msg.info(f"{ALGORITHM} on {args.env_id}, into {folder}")
+    msg.info(f"{purpose} on {args.env_id}, into {folder}")
     return folder
 
 

@@ -62,7 +62,7 @@ def test_the_environments_are_registered_and_pass_gymnasium_s_checks(recwarn):
             gym.make("SuperMarioBros-1-1-v0")  # one emulator fits in one process
     with contextlib.closing(gym.make("SuperMarioBros-1-1")) as env:
         assert env.unwrapped.spec.id == "SuperMarioBros-1-1-v0"  # and not the rectangles of -v3
-    for action_set in ("simpl", ["right"]):  # a name in small letters is no button's
+    for action_set in ("simpl", [], ["right"], [["right"]]):  # the original's names are no buttons of ours
         with pytest.raises(gym.error.Error, match="right, simple, complex"):
             gym.make("SuperMarioBros-1-1-v0", action_set=action_set)
 

@@ -51,10 +51,10 @@ COPTER = "--env-id Pixelcopter-PLE-v0 --h-size 8 4 --no-deterministic-eval"
 def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_scored(
     script, flags, sizes, film, monkeypatch
 ):
-    record_video, names = script.record_video, []
+    record_video, films = script.record_video, []
 
     def after_the_checkpoint(env, policy, path, seed=None):  # so that a Ctrl-C meanwhile loses nothing
-        names.append(path.name)
+        films.append(path.name)
         assert (path.parent.parent / "checkpoint.pt").exists()
         return record_video(env, policy, path, seed)
 
@@ -73,8 +73,8 @@ def test_one_update_changes_all_parameters_and_the_package_plays_as_it_was_score
     assert curves.keys() >= {"charts/learning_rate", "charts/SPS"} | losses
     for ((step, value),) in curves.values():
         assert step == results["global_step"] and np.isfinite(value)
-    assert names[-2:] == [f"step-{results['global_step']}.mp4", "replay.mp4"]
-    assert (run_folder / "videos" / names[-2]).exists()
+    assert films[-2:] == [f"step-{results['global_step']}.mp4", "replay.mp4"]
+    assert (run_folder / "videos" / films[-2]).exists()
     replay = imageio.get_reader(run_folder / "hub" / "replay.mp4")
     meta = replay.get_meta_data()
     assert (meta["codec"], meta["pix_fmt"].split("(")[0]) == ("h264", "yuv420p")  # which a browser plays
