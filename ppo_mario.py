@@ -855,10 +855,17 @@ def worker_processes(make, columns):
     """
     how = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP, "copy": False}  # the rollout keeps its own copy
     halves, signals = [], []
-    note = lambda number, _: signals.append(number)  # noqa: E731
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    forks = multiprocessing.get_start_method() == "fork" and threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT) if forks}
+
+    def put_off(number, _):
+        signals.append(number)
+        signal.signal(number, handlers[number])  # who asks twice does not want to wait
+
     try:
         try:  # what a signal's handler raises in a hook of os.fork, Python drops: signals wait until all have started
+            for number in handlers:
+                signal.signal(number, put_off)
             for column in columns:
                 halves.append(gym.vector.AsyncVectorEnv([make] * (column.stop - column.start), **how))
         finally:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -24,6 +25,7 @@ STAGES = sorted(name.removeprefix("actions_") for name in RECORDED if name.start
 STAGE = "SuperMarioBros-1-3-v0"  # over treetops, where a beginner falls soon
 SMALL = f"--env-id {STAGE} --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --n-eval-episodes 1"
 ONE_UPDATE = f"{SMALL} --total-timesteps 32"
+FORKS = pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="workers are not forked here")
 
 
 # --- the game
@@ -501,15 +503,42 @@ def test_however_a_run_ends_it_leaves_no_process_one_line_and_can_go_on(name):
     assert ppo_mario.load_checkpoint(run_folder)["global_step"] == total
 
 
-@pytest.mark.skipif(multiprocessing.get_all_start_methods()[0] != "fork", reason="workers are not forked here")
+@FORKS
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_while_the_workers_start_is_not_lost(number):
     """What a signal's handler raises inside os.fork, where these hooks run, Python prints and drops."""
     program = (
         "import os, signal, sys, ppo_mario\n"
-        f"os.register_at_fork(before=lambda: signal.raise_signal(signal.{number}))\n"
+        f"once = [signal.{number}]\n"
+        "os.register_at_fork(before=lambda: once and signal.raise_signal(once.pop()))\n"
         "ppo_mario.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", program, *ONE_UPDATE.split()]
     done = subprocess.run(command, stderr=-1, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.returncode, done.stderr) == (1, "error: stopped\n")
+
+
+@FORKS
+def test_a_second_ctrl_c_does_not_wait_until_the_workers_have_started(monkeypatch):
+    began = []
+
+    def slow_start(*_, **__):
+        for attempt in (1, 2, 3):
+            began.append(attempt)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(gym.vector, "AsyncVectorEnv", slow_start)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), ppo_mario.worker_processes(Counting, [slice(0, 1)]):
+            began.append("training")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert began == [1, 2]
+
+
+def test_a_thread_can_train(tmp_path):
+    with ThreadPoolExecutor(1) as pool:  # where Python lets nobody handle signals
+        _, steps = pool.submit(ppo_mario.train, ppo_mario.parse_args(ONE_UPDATE.split()), tmp_path).result()
+    assert steps == 32
