@@ -111,7 +111,7 @@ def test_what_it_names_is_there():
 
 
 def test_the_functions_to_read_are_in_the_files():
-    lessons = re.findall(r"(?s)\*\*\[(\w+\.py)\]\(.*?\)\*\*(.*?)(?=\n\*\*\[|\n## )", README)
+    lessons = re.findall(r"(?s)\*\*\[(\w+\.py)\]\(.*?\)\*\*(.*?)(?=\n- \*\*\[|\n## )", README)
     assert sorted(script for script, _ in lessons) == sorted(SCRIPTS)
     read = ""  # each lesson may speak of the files before
     for script, text in lessons:
