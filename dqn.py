@@ -460,14 +460,14 @@ def record_video(env, policy, path, seed=None):
         evaluate_agent(env, policy, [seed], film)
 
 
-def score_and_film(env, policy, seeds, folder=None):
-    """Play an episode per seed and print the score; film one on the first seed into the folder, if there is one."""
+def score_and_film(env, film_env, policy, seeds, folder=None):
+    """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
     result = mean_reward - std_reward  # what the course's leaderboard ranks by
     msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
-        record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
+        record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
@@ -606,7 +606,8 @@ def main(argv=None):
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
-        render_mode = "human" if args.render else "rgb_array"
+        render_mode = "human" if args.render else None  # could it be drawn, LunarLander would simulate each spark
+        film_env = None if args.render else make_env(args.env_id, "rgb_array")
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, render_mode)
             policy = make_policy(agent)
@@ -615,14 +616,14 @@ def main(argv=None):
             env.action_space.seed(args.seed)
             policy = lambda _: env.action_space.sample()  # noqa: E731
         if args.evaluate:
-            return score_and_film(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
+            return score_and_film(env, film_env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         run_folder = start_run(args)
         if args.env_id not in TUNED:
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
-        results = score_and_film(env, make_policy(agent), seeds, partial)
+        results = score_and_film(env, film_env, make_policy(agent), seeds, partial)
         results["scored_with"] = "the actions of the highest value, on seeds that training never used"
         copy.deepcopy(agent).save_pretrained(partial)  # a copy, for parameters that are no views of one vector
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})

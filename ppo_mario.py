@@ -940,14 +940,14 @@ def record_video(env, policy, path, seed=None):
         evaluate_agent(env, policy, [seed], film)
 
 
-def score_and_film(env, policy, seeds, folder=None):
-    """Play an episode per seed and print the score; film one on the first seed into the folder, if there is one."""
+def score_and_film(env, film_env, policy, seeds, folder=None):
+    """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
     mean_reward, std_reward = evaluate_agent(env, policy, seeds)
     result = mean_reward - std_reward  # what the course's leaderboard ranks by
     msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
     if folder:
-        record_video(env, policy, folder / "replay.mp4", seed=seeds[0])
+        record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
@@ -957,7 +957,7 @@ def score_and_film(env, policy, seeds, folder=None):
 
 def score_with_flags(env, policy, seeds, folder=None):
     """`score_and_film`, and the share of the episodes that came to the flag, in the whole game to one at least."""
-    score = score_and_film(env, policy, seeds, folder)
+    score = score_and_film(env, env, policy, seeds, folder)
     score["flag_rate"] = float(np.mean(env.unwrapped.flags[: len(seeds)]))  # without the film's
     msg.good(f"flag_rate {score['flag_rate']:.2f}")
     return score

@@ -206,6 +206,13 @@ def test_no_two_training_seeds_are_scored_on_the_same_episodes(script, monkeypat
     assert min(played) > 9 + 1000  # and none of them is an environment's in training
 
 
+@pytest.mark.parametrize("script", [ppo, reinforce, q_learning, dqn])
+def test_the_score_is_played_where_nothing_is_drawn_and_the_film_where_it_is(script, resets):
+    script.main(["--evaluate", "random", "--n-eval-episodes", "2"])
+    assert [env.render_mode for env, _ in resets] == [None, None, "rgb_array"]
+    assert resets[-1][1] == resets[0][1]
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "low", "high"),
     [(ppo, "--n-eval-episodes 20", 10, 40), (ppo_mario, f"--n-eval-episodes 1 --env-id {STAGE}", 0, 1000)],
