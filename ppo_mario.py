@@ -340,7 +340,10 @@ class SuperMarioBros(gym.Env):
         reward = progress + min(clock - self.last_clock, 0) - 25 * dying
         self.last_x, self.last_clock = x, clock
         info = self.info()
-        terminated = info["life"] == 0xFF if self.world is None else dying or info["flag_get"]  # 0xFF: no life is left
+        if self.world is None:  # ends when no life is left, or with the last castle, whose end would last for ever
+            terminated = info["life"] == 0xFF or (info["world"] == 8 and self.is_world_over())
+        else:
+            terminated = dying or info["flag_get"]
         # Who takes a pipe to another world, instead of a stage's flag, may go on to a flag there.
         self.came_to_a_flag |= info["flag_get"] and self.world in (None, info["world"])
         if terminated:
@@ -1125,7 +1128,7 @@ def main(argv=None):
             policy = make_policy(agent, args.deterministic_eval, first_seed)
             results = score_with_flags(env, policy, seeds, partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"
-        flags = f"{results['flag_rate']:.0%} of them came to the flag"
+        flags = f"{results['flag_rate'] * args.n_eval_episodes:.0f} of them came to the flag"
         results["scored_with"] = f"{actions} actions, from the game's one start; {flags}"
         agent.save_pretrained(partial)
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})

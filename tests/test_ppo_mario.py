@@ -82,6 +82,21 @@ def test_the_whole_game_has_three_lives_and_goes_on_after_a_death():
     env.close()
 
 
+@pytest.mark.parametrize("world", [1, 8])
+def test_the_whole_game_goes_on_after_a_castle_s_end_and_ends_with_the_last(world):
+    env = SuperMarioBros(world, 4)
+    env.reset()
+    env.world = env.stage = None
+    env.write(0x0770, 2)  # the castle's end is playing,
+    env.write(0x0772, 3)  # and Mario has come to whom he finds there
+    _, _, terminated, _, info = env.step(0)
+    assert info["flag_get"] and terminated == (world == 8) and env.flags == [True] * terminated
+    if world == 1:
+        info = env.step(0)[4]
+        assert (info["world"], info["stage"], info["flag_get"]) == (2, 1, False)
+    env.close()
+
+
 def test_a_run_that_a_trained_agent_finished_reaches_the_flag_from_the_same_start_each_time():
     actions = np.load(ROOT / "tests" / "data" / "mario_1_1_flag.npy")  # of "right", each held for four frames
     env = SuperMarioBros(1, 1, action_set="right")
