@@ -317,12 +317,12 @@ def gather(items):
 
 def average(vector):
     """Replace a vector by its mean over all of torchrun's processes: all_reduce, but faster for small ones."""
-    everyones = vector.new_empty(WORLD_SIZE * len(vector))
-    work = dist.all_gather_into_tensor(everyones, vector, async_op=True)
+    everyones = vector.new_empty(WORLD_SIZE, len(vector))
+    work = dist.all_gather([*everyones], vector, async_op=True)
     while not (vector.is_cuda or work.is_completed()):  # to fall asleep and wake up would take longer than this does
         os.sched_yield()
     work.wait()  # raises an error if there was one
-    torch.mean(everyones.view(WORLD_SIZE, -1), dim=0, out=vector)
+    torch.mean(everyones, dim=0, out=vector)
 
 
 def update(agent, parameters, optimizer, minibatch, args):

@@ -92,7 +92,7 @@ def test_two_processes_have_the_gradient_of_the_joint_minibatch():
     joint = gradient(slice(None))
     assert joint[0].norm().item() == pytest.approx(0.05)  # it is clipped
     _, err, code = end(start(GRADIENT))
-    assert code == 0, err
+    assert code == 0 and "Warning" not in err, err
     parts = [torch.load(f"gradient{rank}.pt") for rank in range(2)]
     assert torch.equal(*parts)
     torch.testing.assert_close(parts[0], joint, rtol=1e-4, atol=1e-7)
