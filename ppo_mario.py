@@ -119,9 +119,8 @@ def parse_args(argv=None):
     flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
     flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
     flag("--clip-coef", type=float, default=0.2, help="epsilon of the clipped surrogate objective")
-    flag("--ent-coef", type=float, default=0.003, help="weight of the entropy bonus, which falls linearly to 0")
+    flag("--barrier-coef", type=float, default=0.003, help="weight of the log barrier, which falls linearly to 0")
     flag("--persistence", type=float, default=0.75, help="how likely a step keeps the last one's noise, falls to 0")
-    flag("--exploration", type=float, default=0.05, help="how likely noise is 10 times as loud, falls to 0 halfway")
     flag("--vf-coef", type=float, default=0.5, help="weight of the value loss")
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
@@ -140,7 +139,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
-    at_most_one = ("gamma", "gae_lambda", "persistence", "exploration")
+    at_most_one = ("gamma", "gae_lambda", "persistence")
     for name, value in vars(args).items():
         least = name in at_least_one
         most = {"n_eval_episodes": 10**6}.get(name, 1 if name in at_most_one else 2**63 - 1)
@@ -599,23 +598,18 @@ def decide(agent, observations, noise=0.0):
     return actions, np.take_along_axis(answer, actions[:, None], axis=1)[:, 0], answer[:, -1]
 
 
-def exploring_noise(rng, shape, persistence, exploration):
-    """Standard Gumbel noise, (T, N, n_actions), that persists and is loud at times; and where it is loud, (T, N).
+def persistent_noise(rng, shape, persistence):
+    """Standard Gumbel noise, (T, N, n_actions), of which a step keeps that of the step before at times.
 
-    A step of a rollout keeps the noise of that before it with the probability persistence. A wide gap takes a jump that
-    is held for many steps in a row, which new noise at each step hardly ever does (of continuous actions: Hollenstein
-    et al., 2024). With the probability exploration noise is ten times as loud, and then an action is chosen nearly
-    whatever the policy thinks of it: a policy that is sure and wrong would never try another. Of both PPO knows
-    nothing, so in the end there is none.
+    It does so with the probability persistence. A wide gap takes a jump that is held for many steps in a row, which new
+    noise at each step hardly ever does (of continuous actions: Hollenstein et al., 2024). PPO knows nothing of it, so
+    in the end there is none.
     """
     noise = rng.gumbel(size=shape)
-    loud = rng.random(shape[:2]) < exploration
-    noise[loud] *= 10
     kept = rng.random(shape[:2]) < persistence
     for t in range(1, len(noise)):
         noise[t, kept[t]] = noise[t - 1, kept[t]]
-        loud[t, kept[t]] = loud[t - 1, kept[t]]
-    return noise, loud
+    return noise
 
 
 def make_policy(agent, deterministic=False, seed=0):
@@ -674,9 +668,12 @@ def gather(items):
     return [item for items in lists for item in items]
 
 
-def update(agent, optimizer, minibatch, ent_coef, args):
+def update(agent, optimizer, minibatch, barrier_coef, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
+    In the place of the entropy bonus S is a log barrier (Agarwal et al., 2021, https://arxiv.org/abs/1908.00261), the
+    mean log-probability of all n actions. As the probability p of one falls, the gradient of S for its logit vanishes,
+    -p * (log p + S), and an action that was given up never comes back. That of the barrier does not: 1 / n - p.
     minibatch: observations, actions, old log-probabilities, returns and advantages, a row for each step.
     Returns log-probabilities (B,) and the statistics {name: 0-d tensor}. Nothing here waits for the device.
     """
@@ -684,10 +681,11 @@ def update(agent, optimizer, minibatch, ent_coef, args):
     logits, values = agent(observations)
     log_probs = torch.log_softmax(logits, dim=-1)
     entropy = (log_probs.exp() * log_probs).sum() / -len(log_probs)
+    barrier = log_probs.mean()
     log_probs = log_probs.gather(1, actions[:, None]).squeeze(-1)
     objective = clipped_surrogate(log_probs, old_log_probs, advantages, args.clip_coef)
     v_loss = 0.5 * nn.functional.mse_loss(values, returns)
-    loss = args.vf_coef * v_loss - objective - ent_coef * entropy
+    loss = args.vf_coef * v_loss - objective - barrier_coef * barrier
 
     optimizer.zero_grad()
     loss.backward()
@@ -765,9 +763,7 @@ def train(args, run_folder):
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
             noise_shape = (args.num_steps, args.num_envs, n_actions)
-            loud_share = args.exploration * max(0, 2 * to_go - 1)
-            noise = exploring_noise(rng, noise_shape, args.persistence * to_go, loud_share)
-            noise, loud = (array[:, mine] for array in noise)
+            noise = persistent_noise(rng, noise_shape, args.persistence * to_go)[:, mine]
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
             for t in range(args.num_steps + 1):
@@ -789,9 +785,6 @@ def train(args, run_folder):
             # 2. Advantages.
             last_value = decide(agent, observations[-1])[2]
             advantages, returns = compute_gae(rewards, values, dones, last_value, args.gamma, args.gae_lambda)
-            # What loud noise chose is learned from where it was far better than expected (cf. Oh et al., 2018), and
-            # hardly unlearned where it was not: else whatever is difficult is soon never chosen without it.
-            advantages[loud] = np.maximum(advantages[loud] - 2 * np.std(gather([advantages])), 0)
 
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.
@@ -807,7 +800,7 @@ def train(args, run_folder):
                     minibatches[-1] = standardise(minibatches[-1])
                 minibatches[-1] = minibatches[-1][..., RANK]
                 for minibatch in zip(*minibatches):
-                    new_log_probs, losses = update(agent, optimizer, minibatch, args.ent_coef * to_go, args)
+                    new_log_probs, losses = update(agent, optimizer, minibatch, args.barrier_coef * to_go, args)
                 log_ratio = new_log_probs - minibatch[2]  # how far has the policy moved from the one that acted?
                 losses["approx_kl"] = (log_ratio.exp() - 1 - log_ratio).mean()  # http://joschu.net/blog/kl-approx.html
                 losses["clipfrac"] = ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean()

@@ -99,14 +99,14 @@ def test_update_ascends_equation_9_of_the_paper(script, clip_vloss, max_grad_nor
     torch.manual_seed(0)
     agent = ppo.Agent(4, 3) if script is ppo else ppo_mario.Agent(3)
     last_layer = agent.actor[-1] if script is ppo else agent.actor
-    torch.nn.init.orthogonal_(last_layer.weight, 1.0)  # an entropy that has a gradient
+    torch.nn.init.orthogonal_(last_layer.weight, 1.0)  # an entropy and a barrier that have gradients
     reference = copy.deepcopy(agent)
     parameters = [ppo.flatten_parameters(agent)] if script is ppo else [*agent.parameters()]
     optimizer, its_optimizer = (torch.optim.SGD(those, lr=0.1) for those in (parameters, reference.parameters()))
     start = copy.deepcopy(reference.state_dict())
     switches = [] if script is ppo_mario else ["--clip-vloss"] if clip_vloss else ["--no-clip-vloss"]
-    flags = ["--max-grad-norm", str(max_grad_norm), "--ent-coef", "0.1", "--vf-coef", "0.7"]
-    args = script.parse_args(switches + flags)
+    switches += ["--ent-coef" if script is ppo else "--barrier-coef", "0.1", "--max-grad-norm", str(max_grad_norm)]
+    args = script.parse_args([*switches, "--vf-coef", "0.7"])
     for _ in range(5):
         actions = torch.randint(3, (64,))
         old_log_probs, old_values, returns, advantages = batch = torch.randn(4, 64)
@@ -118,7 +118,7 @@ def test_update_ascends_equation_9_of_the_paper(script, clip_vloss, max_grad_nor
         else:
             observations = torch.randint(256, (64, 4, 84, 84), dtype=torch.uint8)
             minibatch = (observations, actions, old_log_probs, returns, advantages)
-            ppo_mario.update(agent, optimizer, minibatch, args.ent_coef, args)
+            ppo_mario.update(agent, optimizer, minibatch, args.barrier_coef, args)
             logits, values = reference(observations)
 
         distribution = torch.distributions.Categorical(logits=logits)
@@ -128,8 +128,13 @@ def test_update_ascends_equation_9_of_the_paper(script, clip_vloss, max_grad_nor
         if clip_vloss:
             clipped_values = old_values + (values - old_values).clamp(-0.2, 0.2)
             errors = torch.max(errors, (clipped_values - returns) ** 2)
+        if script is ppo:
+            bonus = distribution.entropy()
+        else:  # its log barrier: up to a constant, the divergence from the policy that chooses all actions alike
+            uniform = torch.distributions.Categorical(logits=torch.zeros_like(logits))
+            bonus = -torch.distributions.kl_divergence(uniform, distribution)
         its_optimizer.zero_grad()
-        (-objective + 0.7 * errors.mean() / 2 - 0.1 * distribution.entropy().mean()).backward()
+        (-objective + 0.7 * errors.mean() / 2 - 0.1 * bonus.mean()).backward()
         torch.nn.utils.clip_grad_norm_(reference.parameters(), max_grad_norm)
         its_optimizer.step()
     for name, tensor in reference.state_dict().items():

@@ -393,8 +393,7 @@ def test_deciding_is_the_network_and_samples_its_softmax():
 
 @pytest.mark.parametrize("persistence", [0.0, 0.75, 1.0])
 def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persistence):
-    noise, loud = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), persistence, exploration=0)
-    assert not loud.any()
+    noise = ppo_mario.persistent_noise(np.random.default_rng(1), (101, 400, 3), persistence)
     kept = noise[1:] == noise[:-1]
     assert np.array_equal(kept.any(axis=2), kept.all(axis=2))  # for all actions or for none
     assert abs(kept.mean() - persistence) <= 4 * (persistence * (1 - persistence) / 40_000) ** 0.5
@@ -404,31 +403,7 @@ def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persis
     assert np.abs(shares - probabilities).max() < 4 * 0.5 / 400**0.5
 
 
-def test_loud_noise_is_as_frequent_as_is_said_and_ten_times_as_loud_for_as_long_as_it_persists():
-    quiet, _ = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), 0.75, exploration=0)
-    noise, loud = ppo_mario.exploring_noise(np.random.default_rng(1), (101, 400, 3), 0.75, exploration=0.1)
-    assert np.array_equal(noise, np.where(loud[..., None], 10 * quiet, quiet))
-    assert abs(loud.mean() - 0.1) < 0.02 and abs(loud[1:][loud[:-1]].mean() - (0.75 + 0.25 * 0.1)) < 0.03
-
-
 # --- training
-
-
-@pytest.mark.parametrize("exploration", [0, 1])
-def test_what_loud_noise_chose_is_learned_from_only_where_it_was_far_better_than_expected(exploration, monkeypatch):
-    given, taken, compute_gae, update = [], [], ppo_mario.compute_gae, ppo_mario.update
-
-    def spy(*args):
-        advantages, returns = compute_gae(*args)
-        given.extend(advantages.flat)
-        return advantages, returns
-
-    monkeypatch.setattr(ppo_mario, "compute_gae", spy)
-    monkeypatch.setattr(ppo_mario, "update", lambda *args: taken.extend(args[2][-1].tolist()) or update(*args))
-    run(ppo_mario, f"{ONE_UPDATE} --num-steps 64 --total-timesteps 128 --no-norm-adv --exploration {exploration}")
-    far = 2 * np.std(given)
-    expected = [max(advantage - far, 0) for advantage in given] if exploration else given
-    assert sorted(taken) == pytest.approx(sorted(expected), abs=1e-6) and max(taken) > 0 and len(taken) == 128
 
 
 class Counting(gym.Env):
