@@ -298,7 +298,8 @@ def stages():
                 next((f"{step:,} steps" for step, rate in run["flag_curve"] if rate >= least), "")
                 for least in (1e-9, 0.5)
             )
-            minutes = f"{run['training_seconds'] / 60:.0f} min" + ["", " beside another", " beside two"][run["runs_side_by_side"] - 1]
+            beside = ["", " beside another", " beside two"][run["runs_side_by_side"] - 1]
+            minutes = f"{run['training_seconds'] / 60:.0f} min{beside}"
             flags = f"{100 * run['flag_rate']:.0f}"
             print(f"| {world}-{stage} | {run['seed']} | {first} | {half} | {flags} | {minutes} | {run['commit']} |")
 
