@@ -125,7 +125,7 @@ def parse_args(argv=None):
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
     flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
-    flag("--deterministic-eval", action=switch, default=False, help="score the most probable actions, or sampled ones")
+    flag("--temperature", type=float, default=0.7, help="scored actions: 0 takes the most probable, 1 samples")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
 
     argv = argv if argv is not None else [] if IN_NOTEBOOK else sys.argv[1:]  # a kernel's own arguments are not ours
@@ -612,12 +612,15 @@ def persistent_noise(rng, shape, persistence):
     return noise
 
 
-def make_policy(agent, deterministic=False, seed=0):
-    """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions."""
+def make_policy(agent, temperature=1.0, seed=0):
+    """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions.
+
+    They are samples from softmax(logits / temperature): at 1 as in training, at 0 the most probable ones.
+    """
     rng = np.random.default_rng(seed)
 
     def policy(observation):
-        noise = 0.0 if deterministic else rng.gumbel(size=(1, agent.actor.out_features))
+        noise = temperature * rng.gumbel(size=(1, agent.actor.out_features))
         return int(decide(agent, observation[None], noise)[0][0])
 
     return policy
@@ -1099,7 +1102,7 @@ def main(argv=None):
         options = dict(action_set=args.action_set, rom=args.rom, render_mode="human" if args.render else "rgb_array")
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, **options)
-            policy = make_policy(agent, args.deterministic_eval, first_seed)
+            policy = make_policy(agent, args.temperature, first_seed)
         else:
             env = make_env(args.env_id, **options)  # what is wrong with it is said now
             env.action_space.seed(args.seed)
@@ -1118,11 +1121,11 @@ def main(argv=None):
             return agent
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, **options)) as env:
-            policy = make_policy(agent, args.deterministic_eval, first_seed)
+            policy = make_policy(agent, args.temperature, first_seed)
             results = score_with_flags(env, policy, seeds, partial)
-        actions = "the most probable" if args.deterministic_eval else "sampled"
         flags = f"{results['flag_rate'] * args.n_eval_episodes:.0f} of them came to the flag"
-        results["scored_with"] = f"{actions} actions, from the game's one start; {flags}"
+        actions = f"actions sampled at a temperature of {args.temperature:g}"
+        results["scored_with"] = f"{actions}, from the game's one start; {flags}"
         agent.save_pretrained(partial)
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent

@@ -391,6 +391,20 @@ def test_deciding_is_the_network_and_samples_its_softmax():
     assert np.abs(shares - probabilities[0]).max() < 4 * 0.5 / 800**0.5
 
 
+@pytest.mark.parametrize("temperature", [0, 0.7, 1])
+def test_a_policy_samples_the_softmax_of_the_logits_over_the_temperature(temperature):
+    agent = ppo_mario.Agent(5)
+    torch.nn.init.orthogonal_(agent.actor.weight, 3.0)
+    observation = np.random.default_rng(1).integers(256, size=(4, 84, 84), dtype=np.uint8)
+    logits = agent(torch.from_numpy(observation[None]))[0][0].detach()
+    expected = torch.softmax(logits / max(temperature, 1e-6), dim=-1).numpy()
+    policy = ppo_mario.make_policy(agent, temperature, seed=1)
+    shares = np.bincount([policy(observation) for _ in range(800)], minlength=5) / 800
+    assert np.abs(shares - expected).max() <= (4 * 0.5 / 800**0.5 if temperature else 0)
+    at_one = torch.softmax(logits, dim=-1).numpy()
+    assert temperature == 1 or np.abs(expected - at_one).max() > 0.08  # else this would not tell them apart
+
+
 @pytest.mark.parametrize("persistence", [0.0, 0.75, 1.0])
 def test_noise_persists_as_often_as_is_said_and_still_samples_the_softmax(persistence):
     noise = ppo_mario.persistent_noise(np.random.default_rng(1), (101, 400, 3), persistence)
