@@ -70,8 +70,8 @@ msg = Printer(pretty=sys.stdout.isatty())
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row. The reward
-# scales keep most errors below 1, where the loss is quadratic: beyond, the end of an episode, CartPole's fall or the
-# 100 points for LunarLander's rest, would count for less than it is.
+# scales keep most errors below 1, where the loss is quadratic: beyond, where it is linear, an episode's end, CartPole's
+# fall or the 100 points for LunarLander's rest, would weigh too little.
 # CartPole's environments are cheap: six steps for each gradient step show the edge of the track often enough.
 CARTPOLE = dict(total_timesteps=240_000, anneal_lr=True, num_envs=8, h_size=[256, 256], batch_size=64, tau=0.1)
 CARTPOLE |= dict(reward_scale=0.02, buffer_size=100_000, target_network_frequency=48, end_e=0.01)
@@ -181,8 +181,10 @@ def make_env(env_id, render_mode=None):
     """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script."""
     if render_mode == "rgb_array":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
-    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    spec = gym.registry.get(env_id, env_id)  # given the id alone, gymnasium warns where it is old
     env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)
+    if "rgb_array" not in env.metadata.get("render_modes", ()) or "render_fps" not in env.metadata:
+        raise gym.error.Error(f"{env_id}: it cannot be filmed, which takes render mode rgb_array and a render_fps")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
         raise gym.error.Error(f"{env_id}: this script needs discrete actions, and its are {env.action_space}")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -275,7 +277,7 @@ def update(agent, target, parameters, optimizer, minibatch, args):
     observations, next_observations, actions, rewards, terminated = minibatch
     with torch.no_grad():
         next_values = target(next_observations)
-        # The highest of several estimates is mostly too high: it is the highest because of its error. So Double DQN
+        # The highest of several estimates tends to be too high: its error may be why it is the highest. So Double DQN
         # takes the action that the network thinks best, with the value that the target network gives it.
         best = (agent(next_observations) if args.double_q else next_values).argmax(dim=1, keepdim=True)
         targets = td_targets(rewards, next_values.gather(1, best), terminated, args.gamma)
@@ -313,8 +315,8 @@ def train(args, run_folder):
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, fused=True)
 
     # The replay buffer: a row for each step, written round and round.
-    columns = {"observation": n_observations, "next": n_observations, "action": 1, "reward": 1, "terminated": 1}
-    buffer = np.zeros((args.buffer_size, sum(columns.values())), dtype=np.float32)
+    columns = [n_observations, n_observations, 1, 1, 1]  # observation, next observation, action, reward, terminated
+    buffer = np.zeros((args.buffer_size, sum(columns)), dtype=np.float32)
 
     num_iterations = args.total_timesteps // args.train_frequency
     global_step = 0
@@ -331,9 +333,9 @@ def train(args, run_folder):
         env_seeds = rng.integers(2**31, size=args.num_envs).tolist()  # not the first episodes again
 
     observations, _ = envs.reset(seed=env_seeds)
-    chance = rng.integers(n_actions, size=args.num_envs)  # the random action that each is at, or -1: the network acts
+    held = rng.integers(n_actions, size=args.num_envs)  # the random action that each is at, or -1: the network acts
     episode_returns, episode_lengths = np.zeros(args.num_envs), np.zeros(args.num_envs)
-    round_size = (args.train_frequency // args.num_envs, args.num_envs)  # steps between two rounds of gradient steps
+    round_shape = (args.train_frequency // args.num_envs, args.num_envs)  # steps between two rounds of gradient steps
     finished, losses = [], {}  # (return, length) of each episode that ended since the last point of the curves
     exploration_steps = args.exploration_fraction * args.total_timesteps
     last_checkpoint = 0.0
@@ -345,14 +347,13 @@ def train(args, run_folder):
             # 1. Act, epsilon-greedily, and remember what happened.
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             layers = numpy_layers(agent.q_network)
-            draws = rng.random(round_size) * args.explore_duration
-            random_actions = rng.integers(n_actions, size=round_size)
+            draws = rng.random(round_shape) * args.explore_duration
+            random_actions = rng.integers(n_actions, size=round_shape)
             for draw, random_action in zip(draws, random_actions):
                 # Who acts, chance or the network, is drawn anew with probability 1 / explore_duration, else it goes on.
-                chance = np.where(draw < 1, np.where(draw < epsilon, random_action, -1), chance)
-                actions = np.where(chance < 0, act(layers, observations), chance)
-                position = global_step % args.buffer_size
-                rows = buffer[position : position + args.num_envs]
+                held = np.where(draw < 1, np.where(draw < epsilon, random_action, -1), held)
+                actions = np.where(held < 0, act(layers, observations), held)
+                rows = buffer[global_step % args.buffer_size :][: args.num_envs]
                 rows[:, :n_observations] = observations
                 # As a list: environments check each action, and Python's integers in a tenth of the time of NumPy's.
                 observations, rewards, terminated, truncated, infos = envs.step(actions.tolist())
@@ -372,8 +373,7 @@ def train(args, run_folder):
             if global_step > args.learning_starts:
                 drawn = rng.integers(min(global_step, args.buffer_size), size=(args.gradient_steps, args.batch_size))
                 for minibatch in torch.from_numpy(buffer[drawn]).to(device):
-                    minibatch = minibatch.split([*columns.values()], dim=1)
-                    losses = update(agent, target, parameters, optimizer, minibatch, args)
+                    losses = update(agent, target, parameters, optimizer, minibatch.split(columns, dim=1), args)
                 if global_step % args.target_network_frequency < args.train_frequency:
                     target_parameters.lerp_(parameters, args.tau)
 
@@ -397,8 +397,7 @@ def train(args, run_folder):
                 state |= dict(rng=rng.bit_generator.state, buffer=torch.from_numpy(buffer[:global_step]))
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
-            tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
+            if args.capture_video and (iteration + 1) * 10 // num_iterations > iteration * 10 // num_iterations:
                 video = run_folder / f"videos/step-{global_step}.mp4"
                 record_video(make_env(args.env_id, "rgb_array"), make_policy(agent), video)
     return agent, global_step
@@ -507,8 +506,7 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "rom")
-    return {name: value for name, value in vars(args).items() if name not in now}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render", "rom")}
 
 
 def package_to_hub(run_folder, args, results):
@@ -599,7 +597,7 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     if not IN_NOTEBOOK:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        # A full disk would be told twice: by TensorBoard's thread with a traceback, by this one with its one line.
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
@@ -619,7 +617,7 @@ def main(argv=None):
             return score_and_film(env, film_env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         run_folder = start_run(args)
-        if args.env_id not in TUNED:
+        if args.env_id not in TUNED and not args.resume:
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete

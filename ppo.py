@@ -14,7 +14,8 @@ The algorithm repeats three steps until --total-timesteps:
 
 Papers: Proximal Policy Optimization Algorithms (Schulman et al., 2017, https://arxiv.org/abs/1707.06347),
 High-Dimensional Continuous Control Using Generalized Advantage Estimation (Schulman et al., 2016,
-https://arxiv.org/abs/1506.02438), The 37 Implementation Details of PPO (Huang et al., 2022).
+https://arxiv.org/abs/1506.02438), The 37 Implementation Details of Proximal Policy Optimization (Huang et al., 2022,
+https://iclr-blog-track.github.io/2022/03/25/ppo-implementation-details/).
 """
 
 # /// script
@@ -173,8 +174,10 @@ def make_env(env_id, render_mode=None):
     """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script."""
     if render_mode == "rgb_array":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
-    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    spec = gym.registry.get(env_id, env_id)  # given the id alone, gymnasium warns where it is old
     env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)
+    if "rgb_array" not in env.metadata.get("render_modes", ()) or "render_fps" not in env.metadata:
+        raise gym.error.Error(f"{env_id}: it cannot be filmed, which takes render mode rgb_array and a render_fps")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
         raise gym.error.Error(f"{env_id}: this script needs discrete actions, and its are {env.action_space}")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
@@ -251,11 +254,10 @@ def evaluate_actions(actor, observations, actions):
 def make_policy(agent, deterministic=True, seed=0):
     """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions."""
     layers = numpy_layers(agent.actor)
-    n_actions = len(layers[-1][1])
     rng = np.random.default_rng(seed)
 
     def policy(observation):
-        noise = 0.0 if deterministic else rng.gumbel(size=(1, n_actions))
+        noise = 0.0 if deterministic else rng.gumbel(size=len(layers[-1][1]))
         return int(act(layers, np.asarray(observation, dtype=np.float32)[None], noise)[0])
 
     return policy
@@ -263,10 +265,11 @@ def make_policy(agent, deterministic=True, seed=0):
 
 # --- The math --------------------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, dones, last_value, gamma, gae_lambda):
-    """Generalized Advantage Estimation (Schulman et al., 2016, equations 11, 12 and 16).
+    """Generalized Advantage Estimation (Schulman et al., 2016, equations 11 and 16).
 
-    rewards, values, dones: (T, N); values[t] = V(s_t); dones[t] = 1 where the episode ended with the action at t.
-    last_value: (N,), V of the observation after the last step. Returns (advantages, returns), both (T, N):
+    rewards, values, dones: (T, N); values[t] = V(s_t); dones[t] = 1 where the episode ended with the action at t. Where
+    a time limit ended it, rewards[t] has gamma * V of its last observation in it already. last_value: (N,), V of the
+    observation after the last step. Returns (advantages, returns), both (T, N):
         delta_t = r_t + gamma * V(s_{t+1}) * (1 - done_t) - V(s_t)
         A_t     = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}
         R_t     = A_t + V(s_t), the TD(lambda) target of the critic
@@ -285,14 +288,14 @@ def clipped_surrogate(log_probs, old_log_probs, advantages, clip_coef):
     """The clipped surrogate objective, to be maximised (Schulman et al., 2017, equation 7). All arguments: (B,).
 
     The paper's min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A) is min(ratio * A, A + clip_coef * |A|):
-    no step may gain more than that bound, so there its gradient ends. At ratio 1 it is the policy gradient.
+    beyond that bound a ratio gains nothing, so its gradient ends there. At ratio 1 it is the policy gradient.
     """
     ratio = (log_probs - old_log_probs).exp()
     return torch.min(ratio * advantages, advantages + clip_coef * advantages.abs()).mean()
 
 
 def value_loss(values, old_values, returns, clip_coef=None):
-    """Half the mean squared error of the critic; with clip_coef, the worse of it and the clipped one. All: (B,)."""
+    """Half the mean squared error of the critic; with clip_coef, of each step the worse of it and the clipped one."""
     if clip_coef is None:
         return 0.5 * nn.functional.mse_loss(values, returns)
     # Where the clipped error is the worse, the clipped value is at its limit and has no gradient: none is recorded.
@@ -423,8 +426,8 @@ def train(args, run_folder):
                     finished.append((float(episode_returns[i]), float(episode_lengths[i])))
                     episode_returns[i] = episode_lengths[i] = 0
             global_step += batch_size
-            # Standardised advantages do not change with the scale. But where returns are far from 1, the critic learns
-            # late, and takes nearly all of the norm that clipping leaves to its and the actor's gradient together.
+            # Standardised advantages do not change with the scale. But large returns give the critic large gradients,
+            # and as its and the actor's are clipped together, little would be left for the actor.
             rewards *= args.reward_scale
 
             # 2. Advantages. Acting computed actions and nothing else: the values and log-probabilities of the whole
@@ -460,8 +463,8 @@ def train(args, run_folder):
                 if args.target_kl is not None and np.mean(gather([losses["approx_kl"].item()])) > args.target_kl:
                     break
 
-            # 4. Statistics, of process 0's last minibatch and read once per iteration: in step 3 nothing but
-            #    --target-kl has made the host wait for the device.
+            # 4. Statistics, of process 0's last minibatch (or its batch) and read once per iteration: in step 3 nothing
+            #    but --target-kl has made the host wait for the device.
             finished = gather(finished)
             if RANK > 0:
                 continue
@@ -481,8 +484,7 @@ def train(args, run_folder):
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
                 save_checkpoint(run_folder, args, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
-            tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
+            if args.capture_video and (iteration + 1) * 10 // num_iterations > iteration * 10 // num_iterations:
                 policy = make_policy(agent, deterministic=False, seed=args.seed)
                 record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
     if WORLD_SIZE > 1:
@@ -593,8 +595,7 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "rom")
-    return {name: value for name, value in vars(args).items() if name not in now}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render", "rom")}
 
 
 def package_to_hub(run_folder, args, results):
@@ -686,7 +687,7 @@ def main(argv=None):
     if not IN_NOTEBOOK:
         for number in (signal.SIGINT, signal.SIGTERM):  # a kill is a Ctrl-C; of torchrun's processes, only 0 answers it
             signal.signal(number, signal.SIG_DFL if RANK else signal.default_int_handler)
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        # A full disk would be told twice: by TensorBoard's thread with a traceback, by this one with its one line.
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
@@ -711,7 +712,7 @@ def main(argv=None):
 
         if RANK == 0:
             run_folder = start_run(args)
-            if args.env_id not in TUNED:
+            if args.env_id not in TUNED and not args.resume:
                 msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
             if WORLD_SIZE > 1:
                 dist.init_process_group(BACKEND)

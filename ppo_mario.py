@@ -85,7 +85,7 @@ if dist.is_torchelastic_launched():
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
 # What differs from the plain defaults below, per environment. Flags on the command line win over the row.
-TUNED = {"SuperMarioBros-v0": dict(total_timesteps=10_000_000)}  # the whole game: what is learned is its beginning
+TUNED = {"SuperMarioBros-v0": dict(total_timesteps=10_000_000)}  # the whole game, a guess: it has not been trained yet
 
 
 def parse_args(argv=None):
@@ -106,7 +106,7 @@ def parse_args(argv=None):
     flag("--cuda", action=switch, default=True, help="use a GPU if there is one")
     flag("--track", action=switch, default=False, help="log to Weights & Biases as well (pip install wandb)")
     flag("--capture-video", action=switch, default=False, help="film ten episodes on the way")
-    flag("--action-set", choices=ACTION_SETS, default="simple", help="what can be pressed: run right, ... everything")
+    flag("--action-set", choices=ACTION_SETS, default="simple", help="combinations of buttons: 5, 7 or 12")
     flag("--stuck-steps", type=int, default=60, help="training ends an episode so long without progress")
     flag("--total-timesteps", type=int, default=800_000, help="environment steps, all environments together")
     flag("--learning-rate", type=float, default=5e-4, help="step size of Adam")
@@ -125,7 +125,7 @@ def parse_args(argv=None):
     flag("--max-grad-norm", type=float, default=0.5, help="clip the norm of the gradient to this")
     flag("--target-kl", type=float, help="end a rollout's epochs once approx_kl is above this")
     flag("--n-eval-episodes", type=int, default=100, help="episodes that the score is measured over")
-    flag("--temperature", type=float, default=0.7, help="scored actions: 0 takes the most probable, 1 samples")
+    flag("--temperature", type=float, default=0.7, help="scored actions: 1 samples as in training, 0 takes the best")
     flag("--repo-id", help="model repository on the Hub to push to, user/name; without it nothing is sent")
 
     argv = argv if argv is not None else [] if IN_NOTEBOOK else sys.argv[1:]  # a kernel's own arguments are not ours
@@ -190,7 +190,7 @@ ROMS = [  # the version of an environment's id says how much is drawn: its file 
 def find_rom(version, path=None):
     """The game's file for -v{version}: the one at path, or that of the package gym-super-mario-bros.
 
-    That package is not imported, for it brings the retired gym. A gymnasium.error.Error says what is wrong.
+    That package is not imported, for it brings the retired gym. A gymnasium.error.Error or OSError says what is wrong.
     """
     name, sha1 = ROMS[version]
     if path is None:
@@ -201,7 +201,7 @@ def find_rom(version, path=None):
             raise gym.error.DependencyNotInstalled(f"there is no {name} yet: {how}")
     path = Path(path)
     if path.suffix != ".nes" or hashlib.sha1(path.read_bytes()).hexdigest() != sha1:
-        raise gym.error.Error(f"--rom {path}: -v{version} is played on a file .nes whose SHA-1 is {sha1}")
+        raise gym.error.Error(f"--rom {path}: -v{version} is played on a .nes file whose SHA-1 is {sha1}")
     return path
 
 
@@ -260,11 +260,11 @@ class SuperMarioBros(gym.Env):
         return self.read(0x075A)
 
     def x(self):
-        """How far Mario is from the stage's beginning, in pixels."""
+        """How far Mario is from the left end of the area that he is in, in pixels."""
         return self.read(0x006D) * 256 + self.read(0x0086)
 
     def y(self):
-        """How high Mario is, in pixels from the bottom; above the screen it goes on from 255."""
+        """How high Mario is, in pixels: 79 on the ground; above the screen it goes on from 255."""
         y = 255 - self.read(0x03B8)
         return y if self.read(0x00B5) else 255 + y
 
@@ -286,8 +286,8 @@ class SuperMarioBros(gym.Env):
 
     def is_at_flag(self):
         """Whether the stage is finished: a castle's end, or sliding down its flagpole."""
-        # Climbing a vine is 3 as well as sliding: one of the five enemies around must be the castle's flag, 0x31, or
-        # Bowser, 0x2D.
+        # 3 is to climb a vine as well as to slide down a pole, but there one of the five enemies around is the castle's
+        # flag, 0x31, or Bowser, 0x2D.
         slides = self.read(0x001D) == 3 and any(self.read(enemy) in (0x2D, 0x31) for enemy in range(0x0016, 0x001B))
         return slides or self.is_world_over()
 
@@ -334,7 +334,7 @@ class SuperMarioBros(gym.Env):
         """Play one frame."""
         self.advance(self.masks[action])
         x, clock = self.x(), self.clock()
-        progress = x - self.last_x if abs(x - self.last_x) <= 5 else 0  # a jump is another area, not a way gone
+        progress = x - self.last_x if abs(x - self.last_x) <= 5 else 0  # more is a change of area, not a way gone
         dying = self.is_dying()
         reward = progress + min(clock - self.last_clock, 0) - 25 * dying
         self.last_x, self.last_clock = x, clock
@@ -434,7 +434,7 @@ class SkipFrames(gym.Wrapper):
 
 
 class ShapeReward(gym.Wrapper):
-    """Reward points and the flag too, this as much as to run on would. All of it pays when Mario lands from a jump.
+    """Reward points too, and a stage's flag, as much as to run on for ever would. It all pays when Mario lands.
 
     Else the fall into a hole pays almost as well as the way across, and the last step before the edge better than a
     jump in time, which mostly fails at first. A death ends the episode, in the whole game, too: it costs all that could
@@ -468,7 +468,7 @@ class ShapeReward(gym.Wrapper):
 class EndWhenStuck(gym.Wrapper):
     """End an episode that has come no further for so many steps, like a death: what leads into a trap must cost there.
 
-    Were it a truncation, which is worth what its last observation is, a trap would be worth what lies around it.
+    A truncation would be bootstrapped from the critic, to which a trap is worth what looks like it.
     """
 
     def __init__(self, env, stuck_steps):
@@ -490,7 +490,7 @@ class EndWhenStuck(gym.Wrapper):
 
 
 class StartAnywhere(gym.Wrapper):
-    """Begin every second episode at one of the places where others have been, all of them being equally likely.
+    """Begin an episode, with probability 1/2, at one of the places that earlier ones came to, each equally likely.
 
     So a stage is learned all at once, and not its beginning first (Tavakoli et al., 2018, Ecoffet et al., 2021). A
     place is 64 pixels of a stage. Of each, the latest moment is kept after which Mario lived on for some 30 steps;
@@ -515,8 +515,7 @@ class StartAnywhere(gym.Wrapper):
             place = info["world"], info["stage"], info["x_pos"] // 64
             self.trail.append((place, self.unwrapped.moment()))
             if len(self.trail) > 3:
-                place, moment = self.trail.popleft()
-                self.moments[place] = moment
+                self.moments.update([self.trail.popleft()])
         return observation, reward, terminated, truncated, info | {"whole": self.whole}
 
 
@@ -602,8 +601,8 @@ def persistent_noise(rng, shape, persistence):
     """Standard Gumbel noise, (T, N, n_actions), of which a step keeps that of the step before at times.
 
     It does so with the probability persistence. A wide gap takes a jump that is held for many steps in a row, which new
-    noise at each step hardly ever does (of continuous actions: Hollenstein et al., 2024). PPO knows nothing of it, so
-    in the end there is none.
+    noise at each step hardly ever does (of continuous actions: Hollenstein et al., 2024). PPO takes the noise for
+    new at each step, so persistence falls to 0 in the end.
     """
     noise = rng.gumbel(size=shape)
     kept = rng.random(shape[:2]) < persistence
@@ -612,7 +611,7 @@ def persistent_noise(rng, shape, persistence):
     return noise
 
 
-def make_policy(agent, temperature=1.0, seed=0):
+def make_policy(agent, temperature=0.7, seed=0):
     """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions.
 
     They are samples from softmax(logits / temperature): at 1 as in training, at 0 the most probable ones.
@@ -628,10 +627,11 @@ def make_policy(agent, temperature=1.0, seed=0):
 
 # --- The math --------------------------------------------------------------------------------------------------------
 def compute_gae(rewards, values, dones, last_value, gamma, gae_lambda):
-    """Generalized Advantage Estimation (Schulman et al., 2016, equations 11, 12 and 16).
+    """Generalized Advantage Estimation (Schulman et al., 2016, equations 11 and 16).
 
-    rewards, values, dones: (T, N); values[t] = V(s_t); dones[t] = 1 where the episode ended with the action at t.
-    last_value: (N,), V of the observation after the last step. Returns (advantages, returns), both (T, N):
+    rewards, values, dones: (T, N); values[t] = V(s_t); dones[t] = 1 where the episode ended with the action at t. Where
+    a time limit ended it, rewards[t] has gamma * V of its last observation in it already. last_value: (N,), V of the
+    observation after the last step. Returns (advantages, returns), both (T, N):
         delta_t = r_t + gamma * V(s_{t+1}) * (1 - done_t) - V(s_t)
         A_t     = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}
         R_t     = A_t + V(s_t), the TD(lambda) target of the critic
@@ -650,7 +650,7 @@ def clipped_surrogate(log_probs, old_log_probs, advantages, clip_coef):
     """The clipped surrogate objective, to be maximised (Schulman et al., 2017, equation 7). All arguments: (B,).
 
     The paper's min(ratio * A, clip(ratio, 1 - clip_coef, 1 + clip_coef) * A) is min(ratio * A, A + clip_coef * |A|):
-    no step may gain more than that bound, so there its gradient ends. At ratio 1 it is the policy gradient.
+    beyond that bound a ratio gains nothing, so its gradient ends there. At ratio 1 it is the policy gradient.
     """
     ratio = (log_probs - old_log_probs).exp()
     return torch.min(ratio * advantages, advantages + clip_coef * advantages.abs()).mean()
@@ -714,7 +714,7 @@ def train(args, run_folder):
     gpus = torch.cuda.device_count() if args.cuda else 0
     device = torch.device(f"cuda:{LOCAL_RANK % gpus}" if gpus else "cpu")
     torch.manual_seed(args.seed)  # the initial weights
-    rng = np.random.default_rng(args.seed)  # everything random after that, in all processes alike: actions, minibatches
+    rng = np.random.default_rng(args.seed)  # actions and minibatches, in all processes alike; starts have their own
     num_envs = args.num_envs // WORLD_SIZE
     mine = slice(RANK * num_envs, (RANK + 1) * num_envs)  # this process's environments
 
@@ -765,8 +765,7 @@ def train(args, run_folder):
             optimizer.param_groups[0]["lr"] = learning_rate
 
             # 1. Rollout: run the current policy for T steps in each of the N environments.
-            noise_shape = (args.num_steps, args.num_envs, n_actions)
-            noise = persistent_noise(rng, noise_shape, args.persistence * to_go)[:, mine]
+            noise = persistent_noise(rng, (args.num_steps, args.num_envs, n_actions), args.persistence * to_go)[:, mine]
             observations[0] = observations[-1]
             finished = []  # (return, length, furthest x, flag) of each episode that began at the start and ended
             for t in range(args.num_steps + 1):
@@ -792,13 +791,12 @@ def train(args, run_folder):
             # 3. Update: a gradient step for each minibatch. One shuffle per epoch; the minibatches are its rows. The
             #    workers wait, so it gets all the cores.
             torch.set_num_threads(threads)
-            batch = [observations[:-1], actions, log_probs, returns]
-            batch = [array.reshape(-1, *array.shape[2:]) for array in batch]
+            batch = [array.reshape(-1, *array.shape[2:]) for array in (observations[:-1], actions, log_probs, returns)]
             batch.append(np.stack(gather([advantages.reshape(-1)]), axis=1))  # a column for each process
             batch = [torch.from_numpy(array).to(device) for array in batch]
             orders = np.stack([rng.permutation(actions.size) for _ in range(args.update_epochs)])
             for order in torch.from_numpy(orders).to(device):
-                minibatches = [column[order].unflatten(0, (args.num_minibatches, -1)) for column in batch]
+                minibatches = [array[order].unflatten(0, (args.num_minibatches, -1)) for array in batch]
                 if args.norm_adv:
                     minibatches[-1] = standardise(minibatches[-1])
                 minibatches[-1] = minibatches[-1][..., RANK]
@@ -811,8 +809,8 @@ def train(args, run_folder):
                     break
             torch.set_num_threads(1)
 
-            # 4. Statistics, of process 0's last minibatch and read once per iteration: in step 3 nothing but
-            #    --target-kl has made the host wait for the device.
+            # 4. Statistics, of process 0's last minibatch (or its batch) and read once per iteration: in step 3 nothing
+            #    but --target-kl has made the host wait for the device.
             finished = gather(finished)
             if RANK > 0:
                 continue
@@ -834,13 +832,11 @@ def train(args, run_folder):
 
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or iteration == num_iterations - 1:
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
-                state |= dict(global_step=global_step, recent=[*recent])
-                save_checkpoint(run_folder, args, **state)
+                save_checkpoint(run_folder, args, global_step=global_step, recent=[*recent], **state)
                 last_checkpoint = time.monotonic()
-            tenth = (iteration + 1) * 10 // num_iterations
-            if args.capture_video and tenth > iteration * 10 // num_iterations:
+            if args.capture_video and (iteration + 1) * 10 // num_iterations > iteration * 10 // num_iterations:
                 with contextlib.closing(make_env(args.env_id, args.action_set, args.rom)) as env:
-                    record_video(env, make_policy(agent), run_folder / f"videos/step-{global_step}.mp4")
+                    record_video(env, make_policy(agent, 1.0), run_folder / f"videos/step-{global_step}.mp4")
     if WORLD_SIZE > 1:
         dist.destroy_process_group()
     return agent.cpu(), global_step
@@ -994,8 +990,7 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "rom")
-    return {name: value for name, value in vars(args).items() if name not in now}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render", "rom")}
 
 
 def package_to_hub(run_folder, args, results):
@@ -1087,7 +1082,7 @@ def main(argv=None):
     if not IN_NOTEBOOK:
         for number in (signal.SIGINT, signal.SIGTERM):  # a kill is a Ctrl-C; of torchrun's processes, only 0 answers it
             signal.signal(number, signal.SIG_DFL if RANK else signal.default_int_handler)
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        # A full disk would be told twice: by TensorBoard's thread with a traceback, by this one with its one line.
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
@@ -1124,7 +1119,7 @@ def main(argv=None):
             policy = make_policy(agent, args.temperature, first_seed)
             results = score_with_flags(env, policy, seeds, partial)
         flags = f"{results['flag_rate'] * args.n_eval_episodes:.0f} of them came to the flag"
-        actions = f"actions sampled at a temperature of {args.temperature:g}"
+        actions = f"actions of a softmax at a temperature of {args.temperature:g}"
         results["scored_with"] = f"{actions}, from the game's one start; {flags}"
         agent.save_pretrained(partial)
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})

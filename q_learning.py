@@ -170,8 +170,10 @@ def make_env(env_id, map_name=None, is_slippery=None, max_steps=None, render_mod
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
     options = {"map_name": map_name, "is_slippery": is_slippery, "max_episode_steps": max_steps}
     options = {name: value for name, value in options.items() if value is not None}
-    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    spec = gym.registry.get(env_id, env_id)  # given the id alone, gymnasium warns where it is old
     env = gym.make(spec, render_mode=render_mode, disable_env_checker=True, **options)
+    if "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise gym.error.Error(f"{env_id}: it cannot be filmed, which takes render mode rgb_array")
     for kind, space in (("actions", env.action_space), ("observations", env.observation_space)):
         if not isinstance(space, gym.spaces.Discrete) or space.start != 0:
             raise gym.error.Error(f"{env_id}: a table needs discrete {kind}, and its are {space}")
@@ -240,7 +242,6 @@ def train(args, run_folder):
         env_seed = rng.randrange(2**31)  # not the first episodes again
 
     env.reset(seed=env_seed)
-    learning_rate, gamma = args.learning_rate, args.gamma
     first_step, last_checkpoint = global_step, 0.0
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
@@ -253,7 +254,7 @@ def train(args, run_folder):
             while not done:
                 action = epsilon_greedy_policy(qtable, state, epsilon, rng)
                 next_state, reward, terminated, truncated, _ = env.step(action)
-                q_learning_update(qtable, state, action, reward, next_state, terminated, learning_rate, gamma)
+                q_learning_update(qtable, state, action, reward, next_state, terminated, args.learning_rate, args.gamma)
                 state = next_state
                 episode_return += reward
                 episode_length += 1
@@ -271,8 +272,8 @@ def train(args, run_folder):
                     writer.add_scalar(name, value, global_step)
                 bar.set_postfix_str(f"return {curves['charts/episodic_return']:.2f}", refresh=False)
             if time.monotonic() - last_checkpoint > CHECKPOINT_SECONDS or is_last:
-                state = dict(qtable=torch.tensor(qtable, dtype=torch.float64), rng=rng.getstate(), recent=[*recent])
-                save_checkpoint(run_folder, args, episode=episode + 1, global_step=global_step, **state)
+                saved = dict(qtable=torch.tensor(qtable, dtype=torch.float64), rng=rng.getstate(), recent=[*recent])
+                save_checkpoint(run_folder, args, episode=episode + 1, global_step=global_step, **saved)
                 last_checkpoint = time.monotonic()
 
     # What the course's model dict has, and the other flags as well.
@@ -308,7 +309,7 @@ def load_checkpoint(run_folder):
 
 # --- Evaluation and replay -------------------------------------------------------------------------------------------
 
-# The course's evaluation seeds for Taxi-v3, one per starting position, so that all agents are scored on the same ones.
+# The course's evaluation seeds for Taxi-v3, so that all agents are scored on the same episodes.
 TAXI_EVAL_SEED = [
     16, 54, 165, 177, 191, 191, 120, 80, 149, 178, 48, 38, 6, 125, 174, 73, 50, 172, 100, 148, 146, 6, 25, 40, 68, 148,
     49, 167, 9, 97, 164, 176, 61, 7, 54, 55, 161, 131, 184, 51, 170, 12, 120, 113, 95, 126, 51, 98, 36, 135, 54, 82,
@@ -401,8 +402,7 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "rom")
-    return {name: value for name, value in vars(args).items() if name not in now}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render", "rom")}
 
 
 def package_to_hub(run_folder, args, results):
@@ -480,8 +480,8 @@ def open_package(source, trusted_env_id=None):
 def read_q_table(path, n_states, n_actions):
     """The table, (n_states, n_actions), in a q-learning.pkl: float64, as np.zeros makes it; pickle protocols 3 and 4.
 
-    A pickle is a program for a small machine, and can run any code. So none of it is run: the table is the one value
-    among the program's instructions that has as many bytes, behind the False of an array that is not Fortran's.
+    A pickle is a program for a small machine, and can run any code. So none of it is run: the table is the one string
+    of so many bytes among the program's instructions that follows a False, which says: not in Fortran's order.
     """
     content, size = path.read_bytes(), 8 * n_states * n_actions
     try:
@@ -501,6 +501,7 @@ def load_agent(source, env_id=None, render_mode=None, **options):
     options: map_name, is_slippery, max_steps of an environment that is another in these.
     """
     package, flags = open_package(source, env_id)
+    flags = {"max_steps": 99} | LAKES.get(flags.get("env_id"), {}) | flags  # the course's packages do not say these
     options = {name: flags.get(name) for name in ("map_name", "is_slippery", "max_steps")} | options
     env = make_env(env_id or flags["env_id"], **options, render_mode=render_mode)
     sizes = int(env.observation_space.n), int(env.action_space.n)
@@ -512,7 +513,7 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     if not IN_NOTEBOOK:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        # A full disk would be told twice: by TensorBoard's thread with a traceback, by this one with its one line.
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
@@ -532,7 +533,7 @@ def main(argv=None):
             return score_and_film(env, film_env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         run_folder = start_run(args)
-        if env_name(args) not in TUNED:
+        if env_name(args) not in TUNED and not args.resume:
             msg.warn(f"There are no tuned settings for {env_name(args)}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete

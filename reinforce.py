@@ -8,10 +8,10 @@
 The policy pi(a | s, theta) is a network that gives each action a probability. The algorithm repeats, for each episode:
   1. Generate an episode S_0, A_0, R_1, ..., S_{T-1}, A_{T-1}, R_T, following the policy.
   2. For each step t of it, sum up what followed: G_t = R_{t+1} + gamma * R_{t+2} + gamma^2 * R_{t+3} + ...
-  3. Make what was followed by much more probable, and what was followed by little less so:
+  3. Make actions that were followed by high returns more probable, those that were followed by low ones less so:
      theta <- theta + learning_rate * sum over t of G_t * gradient of ln pi(A_t | S_t, theta)
 
-With --num-envs the sum runs over several episodes, played side by side: fewer steps, each in a better direction.
+With --num-envs each update averages over episodes played side by side: fewer updates, each in a better direction.
 
 Sources: Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning (Williams, 1992);
 Reinforcement Learning: An Introduction (Sutton and Barto, 2nd edition, 2018,
@@ -61,7 +61,7 @@ ALGORITHM = "Reinforce"
 CARD_TAGS = ["reinforce", "reinforcement-learning", "custom-implementation", "deep-rl-class"]
 CHECKPOINT_SECONDS = 10  # what a stop costs at the most, besides the update under way
 EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, SafetensorError, json.JSONDecodeError, OSError)
-EVAL_MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
+MAX_STEPS = 10_000  # where an environment has no time limit of its own, so that a perfect player comes to an end
 NEW_ON_RESUME = {"resume", "n_training_episodes", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
@@ -151,17 +151,19 @@ def full_id(env_id):
 def make_env(env_id, render_mode=None):
     """Make one environment. A gymnasium.error.Error says what is wrong with its name, or its spaces for this script.
 
-    Where it has no time limit of its own, it gets one of EVAL_MAX_STEPS.
+    Where it has no time limit of its own, it gets one of MAX_STEPS.
     """
     if render_mode == "rgb_array":
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # frames need no display, but SDL looks for one
-    spec = gym.registry.get(env_id, env_id)  # of a mere id, gymnasium says that it is old
+    spec = gym.registry.get(env_id, env_id)  # given the id alone, gymnasium warns where it is old
     env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)
+    if "rgb_array" not in env.metadata.get("render_modes", ()) or "render_fps" not in env.metadata:
+        raise gym.error.Error(f"{env_id}: it cannot be filmed, which takes render mode rgb_array and a render_fps")
     if not isinstance(env.action_space, gym.spaces.Discrete) or env.action_space.start != 0:
         raise gym.error.Error(f"{env_id}: this script needs discrete actions, and its are {env.action_space}")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         raise gym.error.Error(f"{env_id}: this script needs vector observations, and its are {env.observation_space}")
-    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, EVAL_MAX_STEPS)
+    return env if env.spec.max_episode_steps else gym.wrappers.TimeLimit(env, MAX_STEPS)
 
 
 class Pixelcopter(gym.Env):
@@ -280,7 +282,7 @@ class Agent(nn.Module, PyTorchModelHubMixin):
 def policy_layers(agent):
     """The weights of the policy as [(weight, bias), ...] NumPy arrays, for `act`.
 
-    Standardising the observations is a linear map, so it goes into the first layer.
+    Standardising the observations is an affine map, so it goes into the first layer.
     """
     layers = [(layer.weight.detach(), layer.bias.detach()) for layer in agent.actor if isinstance(layer, nn.Linear)]
     weight, bias = layers[0]
@@ -314,11 +316,10 @@ def evaluate_actions(actor, observations, actions):
 def make_policy(agent, deterministic=True, seed=0):
     """The agent as a function `observation -> action`, for evaluation and video; seed: of the sampled actions."""
     layers = policy_layers(agent)
-    n_actions = len(layers[-1][1])
     rng = np.random.default_rng(seed)
 
     def policy(observation):
-        noise = 0.0 if deterministic else rng.gumbel(size=(1, n_actions))
+        noise = 0.0 if deterministic else rng.gumbel(size=len(layers[-1][1]))
         return int(act(layers, np.asarray(observation, dtype=np.float32)[None], noise)[0])
 
     return policy
@@ -367,24 +368,21 @@ def play_episodes(envs, layers, rng, max_t):
     layers: of the policy; max_t: where an episode is cut off. Returns (observations, actions, rewards): float32
     (B, n_observations) and int64 (B,), one episode behind the other, and a list of each episode's rewards.
     """
-    n_actions = len(layers[-1][1])
     current = [env.reset()[0] for env in envs]
     observations, actions, players = [], [], []  # a row for each t: of the episodes that are still going on
     rewards = [[] for _ in envs]
     playing = list(range(len(envs)))
     while playing and len(players) < max_t:
         batch = np.array([current[i] for i in playing], dtype=np.float32)
-        chosen = act(layers, batch, rng.gumbel(size=(len(playing), n_actions)))
+        chosen = act(layers, batch, rng.gumbel(size=(len(playing), len(layers[-1][1]))))
         observations.append(batch)
         actions.append(chosen)
         players.append(playing)
-        still_playing = []
         for i, action in zip(playing, chosen.tolist()):
             current[i], reward, terminated, truncated, _ = envs[i].step(action)
             rewards[i].append(float(reward))
-            if not (terminated or truncated):
-                still_playing.append(i)
-        playing = still_playing
+            if terminated or truncated:
+                playing = [other for other in playing if other != i]
     order = np.argsort(np.concatenate(players), kind="stable")  # by episode, and within it by time
     return np.concatenate(observations)[order], np.concatenate(actions)[order], rewards
 
@@ -395,9 +393,9 @@ def update(agent, optimizer, observations, actions, returns, n_episodes):
     observations: (B, n_observations); actions, returns: (B,). Returns statistics, {name: 0-d tensor}.
 
     What this ascends is the mean over the episodes of the sum over t of G_t * ln pi(A_t | S_t, theta), whose gradient
-    is that of the expected return (the policy gradient theorem; Sutton and Barto, 2018, equation 13.8). The book's
-    algorithm has a factor gamma^t besides, which nearly nobody applies, the course neither: it would all but ignore
-    what happens late in an episode.
+    is on average that of the expected return (the policy gradient theorem; Sutton and Barto, 2018, equations 13.5 and
+    13.8), but for the scale, and a small bias, that standardising brings. The book's algorithm has a factor gamma^t
+    besides, which nearly nobody applies, the course neither: it would all but ignore what happens late in an episode.
     """
     log_probs, entropy = evaluate_actions(agent.actor, (observations - agent.mean) / agent.std, actions)
     objective = (returns * log_probs).sum() / n_episodes
@@ -478,8 +476,7 @@ def train(args, run_folder):
                 state = dict(agent=agent.state_dict(), optimizer=optimizer.state_dict(), rng=rng.bit_generator.state)
                 save_checkpoint(run_folder, args, episodes=episodes, global_step=global_step, **state)
                 last_checkpoint = time.monotonic()
-            tenth = (iteration + 1) * 10 // num_updates
-            if args.capture_video and tenth > iteration * 10 // num_updates:
+            if args.capture_video and (iteration + 1) * 10 // num_updates > iteration * 10 // num_updates:
                 policy = make_policy(agent, deterministic=False, seed=args.seed)
                 record_video(make_env(args.env_id, "rgb_array"), policy, run_folder / f"videos/step-{global_step}.mp4")
     return agent, global_step
@@ -588,8 +585,7 @@ def start_run(args):
 
 def hyperparameters_of(args):
     """The flags that say how an agent is trained and scored, as a dict for JSON: not those that say what to do now."""
-    now = ("resume", "evaluate", "render", "rom")
-    return {name: value for name, value in vars(args).items() if name not in now}
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "evaluate", "render", "rom")}
 
 
 def package_to_hub(run_folder, args, results):
@@ -680,7 +676,7 @@ def main(argv=None):
     """Train, score, film and package an agent; returns it. With --evaluate, score and film one; returns the score."""
     if not IN_NOTEBOOK:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill is a Ctrl-C
-        # Of a full disk TensorBoard's thread tells with a traceback, and then again here, where it gets its line.
+        # A full disk would be told twice: by TensorBoard's thread with a traceback, by this one with its one line.
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
@@ -700,7 +696,7 @@ def main(argv=None):
             return score_and_film(env, film_env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
         run_folder = start_run(args)
-        if args.env_id not in TUNED:
+        if args.env_id not in TUNED and not args.resume:
             msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete

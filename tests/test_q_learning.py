@@ -136,6 +136,8 @@ def test_a_reloaded_agent_scores_what_the_packaged_one_did(flags):
     if args.map_name:  # of the map and the ice, results.json says nothing; else they are FrozenLake's defaults here
         more += f" --map-name {args.map_name} --{'' if args.is_slippery else 'no-'}is-slippery"
     assert q_learning.main(["--evaluate", str(hub), *more.split()]) == score
+    spec = q_learning.load_agent(hub)[1].spec  # plays what the course does under this name
+    assert spec.max_episode_steps == 99 and spec.kwargs.items() >= q_learning.LAKES.get(args.env_id, {}).items()
 
 
 def test_flags_change_the_ice_that_an_agent_is_evaluated_on():

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import curves_of, read, refused, run, weights
+from conftest import Counting, curves_of, read, refused, run, weights
 
 import dqn
 import ppo
@@ -22,6 +23,7 @@ SHORT = {
     q_learning: "--n-eval-episodes 1 --n-training-episodes 300",
     ppo_mario: f"--n-eval-episodes 1 --env-id {STAGE} --num-envs 2 --num-steps 16 --total-timesteps 32",
 }
+gym.register("Dark-v0", lambda render_mode=None: Counting(3))  # has no render modes
 
 
 @pytest.mark.parametrize("script", SHORT)
@@ -149,6 +151,7 @@ def test_an_id_without_its_version_is_completed_and_gets_its_settings_but_flags_
         (ppo, "--env-id Nope-v0", "Nope"),
         (ppo, "--env-id Pendulum-v1", "discrete actions"),
         (ppo, "--env-id FrozenLake-v1", "vector observations"),
+        (ppo, "--env-id Dark-v0", "cannot be filmed"),
         (ppo, "--env-id no_such_module:Thing-v0", "no_such_module"),
         (ppo, "--num-minibatches 3", "--num-minibatches"),
         (ppo, "--num-minibatches 1024", "--num-minibatches"),  # a minibatch of one step has no standard deviation
