@@ -65,14 +65,6 @@ EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, Safetens
 NEW_ON_RESUME = {"resume", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
-# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
-# the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_torchelastic_launched():
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    EXPECTED += (RuntimeError,)  # when another process has died
-    # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
-    BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -309,7 +301,18 @@ def standardise(advantages):
     return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
+# --- Many processes --------------------------------------------------------------------------------------------------
+
+# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
+# the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+if dist.is_torchelastic_launched():
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    EXPECTED += (RuntimeError,)  # when another process has died
+    # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
+    BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
+
+
 def gather(items):
     """The items of all torchrun's processes in one list."""
     lists = [items] * WORLD_SIZE
@@ -328,6 +331,19 @@ def average(vector):
     torch.mean(everyones, dim=0, out=vector)
 
 
+def follow():
+    """What the processes other than 0 do: train along with it, by its flags. Returns the agent; with --help, None."""
+    if {"-h", "--help"} & {*sys.argv}:
+        return None
+    sys.stdout = io.StringIO()
+    dist.init_process_group(BACKEND)  # waits for process 0, which looks for mistakes first
+    args = gather([None])[0]  # process 0's
+    agent, _ = train(args, run_folder=None)
+    atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
+    return agent
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
 def update(agent, parameters, optimizer, minibatch, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
@@ -692,9 +708,7 @@ def main(argv=None):
     run_folder = None
     try:
         if RANK > 0:
-            sys.stdout = io.StringIO()
-            if not {"-h", "--help"} & {*sys.argv}:  # or else this waits for process 0, until that has found no mistake
-                dist.init_process_group(BACKEND)
+            return follow()
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -710,16 +724,13 @@ def main(argv=None):
         if args.evaluate:
             return score_and_film(env, film_env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
-        if RANK == 0:
-            run_folder = start_run(args)
-            if args.env_id not in TUNED and not args.resume:
-                msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
-            if WORLD_SIZE > 1:
-                dist.init_process_group(BACKEND)
-        agent, global_step = train(gather([args])[0], run_folder)  # process 0's flags hold for all
-        if RANK > 0:
-            atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
-            return agent
+        run_folder = start_run(args)
+        if args.env_id not in TUNED and not args.resume:
+            msg.warn(f"There are no tuned settings for {args.env_id}: the plain defaults hold")
+        if WORLD_SIZE > 1:
+            dist.init_process_group(BACKEND)
+            gather([args])  # these flags hold for all
+        agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         results = score_and_film(env, film_env, make_policy(agent, args.deterministic_eval, first_seed), seeds, partial)
         actions = "the most probable" if args.deterministic_eval else "sampled"

@@ -73,14 +73,6 @@ EXPECTED = (gym.error.Error, HTTPError, ImportError, HFValidationError, Safetens
 NEW_ON_RESUME = {"resume", "rom", "total_timesteps", "n_eval_episodes", "repo_id", "track", "cuda", "capture_video"}
 IN_NOTEBOOK = "ipykernel" in sys.modules  # in a Jupyter or Colab cell
 msg = Printer(pretty=sys.stdout.isatty())
-# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
-# the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
-if dist.is_torchelastic_launched():
-    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    EXPECTED += (RuntimeError,)  # when another process has died
-    # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
-    BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
 
@@ -662,7 +654,18 @@ def standardise(advantages):
     return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
+# --- Many processes --------------------------------------------------------------------------------------------------
+
+# With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
+# the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
+if dist.is_torchelastic_launched():
+    RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    EXPECTED += (RuntimeError,)  # when another process has died
+    # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
+    BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
+
+
 def gather(items):
     """The items of all torchrun's processes in one list."""
     lists = [items] * WORLD_SIZE
@@ -671,6 +674,19 @@ def gather(items):
     return [item for items in lists for item in items]
 
 
+def follow():
+    """What the processes other than 0 do: train along with it, by its flags. Returns the agent; with --help, None."""
+    if {"-h", "--help"} & {*sys.argv}:
+        return None
+    sys.stdout = io.StringIO()
+    dist.init_process_group(BACKEND)  # waits for process 0, which looks for mistakes first
+    args = gather([None])[0]  # process 0's
+    agent, _ = train(args, run_folder=None)
+    atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
+    return agent
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
 def update(agent, optimizer, minibatch, barrier_coef, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
@@ -1086,14 +1102,12 @@ def main(argv=None):
         threading.excepthook = lambda hook: isinstance(hook.exc_value, OSError) or threading.__excepthook__(hook)
     run_folder = None
     try:
+        torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
         if RANK > 0:
-            sys.stdout = io.StringIO()
-            if not {"-h", "--help"} & {*sys.argv}:  # or else this waits for process 0, until that has found no mistake
-                dist.init_process_group(BACKEND)
+            return follow()
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
-        torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
         options = dict(action_set=args.action_set, rom=args.rom, render_mode="human" if args.render else "rgb_array")
         if args.evaluate and args.evaluate != "random":
             agent, env = load_agent(args.evaluate, args.env_id, **options)
@@ -1106,14 +1120,11 @@ def main(argv=None):
             if args.evaluate:
                 return score_with_flags(env, policy, seeds, None if args.render else new_folder(args, "evaluate"))
 
-        if RANK == 0:
-            run_folder = start_run(args)
-            if WORLD_SIZE > 1:
-                dist.init_process_group(BACKEND)
-        agent, global_step = train(gather([args])[0], run_folder)  # process 0's flags hold for all
-        if RANK > 0:
-            atexit.register(os._exit, 0)  # Python's own way out meets gloo's threads, and aborts now and then
-            return agent
+        run_folder = start_run(args)
+        if WORLD_SIZE > 1:
+            dist.init_process_group(BACKEND)
+            gather([args])  # these flags hold for all
+        agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, **options)) as env:
             policy = make_policy(agent, args.temperature, first_seed)
