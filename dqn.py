@@ -262,11 +262,6 @@ def td_targets(rewards, next_values, terminated, gamma):
     return rewards + gamma * (1 - terminated) * next_values
 
 
-def td_loss(values, targets):
-    """Half the mean squared error, but beyond an error of 1 linear: the paper clips the gradient there."""
-    return nn.functional.smooth_l1_loss(values, targets)
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
 def update(agent, target, parameters, optimizer, minibatch, args):
     """One gradient step on a minibatch: the Bellman update of q_learning.py, for a network. target: an older agent.
@@ -282,7 +277,7 @@ def update(agent, target, parameters, optimizer, minibatch, args):
         best = (agent(next_observations) if args.double_q else next_values).argmax(dim=1, keepdim=True)
         targets = td_targets(rewards, next_values.gather(1, best), terminated, args.gamma)
     values = agent(observations).gather(1, actions.long())
-    loss = td_loss(values, targets)
+    loss = nn.functional.smooth_l1_loss(values, targets)  # beyond an error of 1 linear: the paper clips the gradient
 
     parameters.grad.zero_()
     loss.backward()
@@ -462,16 +457,15 @@ def record_video(env, policy, path, seed=None):
 def score_and_film(env, film_env, policy, seeds, folder=None):
     """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
-    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    result = mean_reward - std_reward  # what the course's leaderboard ranks by
-    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
+    mean, std = evaluate_agent(env, policy, seeds)  # the course's leaderboard ranks by mean - std
+    msg.good(f"mean_reward {mean:.2f} +/- {std:.2f} over {len(seeds)} episodes (result {mean - std:.2f})")
     if folder:
         record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return {"mean_reward": mean_reward, "std_reward": std_reward}
+    return {"mean_reward": mean, "std_reward": std}
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------

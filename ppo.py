@@ -301,14 +301,13 @@ def standardise(advantages):
     return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
-# --- Many processes --------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 # With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
 # the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    EXPECTED += (RuntimeError,)  # when another process has died
     # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
     BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
 
@@ -331,10 +330,10 @@ def average(vector):
     torch.mean(everyones, dim=0, out=vector)
 
 
-def follow():
-    """What the processes other than 0 do: train along with it, by its flags. Returns the agent; with --help, None."""
-    if {"-h", "--help"} & {*sys.argv}:
-        return None
+def follow(argv):
+    """What the processes other than 0 do: train along with it, by its flags. Returns the agent."""
+    if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
+        sys.exit()
     sys.stdout = io.StringIO()
     dist.init_process_group(BACKEND)  # waits for process 0, which looks for mistakes first
     args = gather([None])[0]  # process 0's
@@ -343,7 +342,6 @@ def follow():
     return agent
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
 def update(agent, parameters, optimizer, minibatch, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
@@ -396,7 +394,7 @@ def train(args, run_folder):
     global_step = 0
     env_seeds = [args.seed + i for i in range(args.num_envs)]
     if args.resume:
-        checkpoint = load_checkpoint(args.resume)
+        checkpoint = gather([None if RANK else load_checkpoint(run_folder)])[0]
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
@@ -567,16 +565,15 @@ def record_video(env, policy, path, seed=None):
 def score_and_film(env, film_env, policy, seeds, folder=None):
     """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
-    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    result = mean_reward - std_reward  # what the course's leaderboard ranks by
-    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
+    mean, std = evaluate_agent(env, policy, seeds)  # the course's leaderboard ranks by mean - std
+    msg.good(f"mean_reward {mean:.2f} +/- {std:.2f} over {len(seeds)} episodes (result {mean - std:.2f})")
     if folder:
         record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return {"mean_reward": mean_reward, "std_reward": std_reward}
+    return {"mean_reward": mean, "std_reward": std}
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
@@ -708,7 +705,7 @@ def main(argv=None):
     run_folder = None
     try:
         if RANK > 0:
-            return follow()
+            return follow(argv)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -738,7 +735,7 @@ def main(argv=None):
         copy.deepcopy(agent).save_pretrained(partial)  # a copy, for parameters that are no views of one vector
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
-    except (KeyboardInterrupt, *EXPECTED) as error:
+    except (KeyboardInterrupt, RuntimeError, *EXPECTED) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise  # not the end of another process, but a bug
         if WORLD_SIZE > 1 and RANK == 0:

@@ -130,11 +130,9 @@ def parse_args(argv=None):
     parser.set_defaults(**{name: saved[name] for name in saved.keys() & {"rom", *hyperparameters_of(known)}})
     args = parser.parse_args(argv)
 
-    at_least_one = ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
-    at_most_one = ("gamma", "gae_lambda", "persistence")
     for name, value in vars(args).items():
-        least = name in at_least_one
-        most = {"n_eval_episodes": 10**6}.get(name, 1 if name in at_most_one else 2**63 - 1)
+        least = name in ("num_envs", "num_steps", "num_minibatches", "update_epochs", "n_eval_episodes", "stuck_steps")
+        most = {"gamma": 1, "gae_lambda": 1, "persistence": 1, "n_eval_episodes": 10**6}.get(name, 2**63 - 1)
         if value == "" or (isinstance(value, int | float) and not least <= value <= most):
             parser.error(f"--{name.replace('_', '-')} {value!r} is out of range")
         if name not in NEW_ON_RESUME and checkpoint.get("args", {}).get(name, value) != value:
@@ -654,14 +652,13 @@ def standardise(advantages):
     return centred / (advantages.std(dim=(1, 2), keepdim=True) + 1e-8)
 
 
-# --- Many processes --------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 # With torchrun, each of WORLD_SIZE processes has its part of the environments, and so of each minibatch. All begin with
 # the same weights and take the same steps, along the mean of their gradients. Only process 0 speaks and writes.
 RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1
 if dist.is_torchelastic_launched():
     RANK, LOCAL_RANK, WORLD_SIZE = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    EXPECTED += (RuntimeError,)  # when another process has died
     # nccl needs a GPU for each process. Left to itself, PyTorch takes nccl wherever it was built for GPUs.
     BACKEND = "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo"
 
@@ -674,10 +671,10 @@ def gather(items):
     return [item for items in lists for item in items]
 
 
-def follow():
-    """What the processes other than 0 do: train along with it, by its flags. Returns the agent; with --help, None."""
-    if {"-h", "--help"} & {*sys.argv}:
-        return None
+def follow(argv):
+    """What the processes other than 0 do: train along with it, by its flags. Returns the agent."""
+    if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
+        sys.exit()
     sys.stdout = io.StringIO()
     dist.init_process_group(BACKEND)  # waits for process 0, which looks for mistakes first
     args = gather([None])[0]  # process 0's
@@ -686,7 +683,6 @@ def follow():
     return agent
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
 def update(agent, optimizer, minibatch, barrier_coef, args):
     """One gradient step on a minibatch, which ascends equation 9 of the paper: L^CLIP - c1 * L^VF + c2 * S.
 
@@ -750,7 +746,7 @@ def train(args, run_folder):
     global_step = 0
     recent = deque(maxlen=100)  # (return, flag) of the episodes that ended last
     if args.resume:
-        checkpoint = load_checkpoint(args.resume)
+        checkpoint = gather([None if RANK else load_checkpoint(run_folder)])[0]
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rng.bit_generator.state = checkpoint["rng"]
@@ -767,14 +763,15 @@ def train(args, run_folder):
     # flush_secs: for so long, a Ctrl-C in a bad moment waits for TensorBoard's thread.
     logs = {"log_dir": run_folder and run_folder / "hub" / "logs", "flush_secs": 2, "purge_step": global_step + 1}
     with (
-        worker_processes(make, columns) as halves,  # first: to fork is safe as long as TensorBoard has no thread
+        worker_processes(make, columns) as halves,  # first, before TensorBoard has a thread, as to fork is safe without
         contextlib.nullcontext() if RANK else SummaryWriter(**logs) as writer,
         contextlib.nullcontext() if RANK else progress_bar(args.total_timesteps, global_step, "step") as bar,
     ):
         if RANK == 0:
             writer.add_text("hyperparameters", f"```\n{json.dumps(hyperparameters_of(args), indent=2)}\n```")
         for envs, column in zip(halves, columns):
-            observations[-1, column], _ = envs.reset(seed=args.seed + mine.start + column.start)
+            seed = args.seed + global_step + mine.start + column.start  # after --resume, not the first starts again
+            observations[-1, column], _ = envs.reset(seed=seed)
         for iteration in range(global_step // batch_size, num_iterations):
             to_go = 1 - iteration / num_iterations
             learning_rate = args.learning_rate * (to_go if args.anneal_lr else 1)
@@ -954,16 +951,15 @@ def record_video(env, policy, path, seed=None):
 def score_and_film(env, film_env, policy, seeds, folder=None):
     """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
-    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    result = mean_reward - std_reward  # what the course's leaderboard ranks by
-    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
+    mean, std = evaluate_agent(env, policy, seeds)  # the course's leaderboard ranks by mean - std
+    msg.good(f"mean_reward {mean:.2f} +/- {std:.2f} over {len(seeds)} episodes (result {mean - std:.2f})")
     if folder:
         record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return {"mean_reward": mean_reward, "std_reward": std_reward}
+    return {"mean_reward": mean, "std_reward": std}
 
 
 def score_with_flags(env, policy, seeds, folder=None):
@@ -1104,7 +1100,7 @@ def main(argv=None):
     try:
         torch.set_num_threads(1)  # while acting: a few observations are too little to share, and workers need the cores
         if RANK > 0:
-            return follow()
+            return follow(argv)
         args = parse_args(argv)
         first_seed = (args.seed + 1) * 1_000_000  # a block for each training seed, which training never uses
         seeds = range(first_seed, first_seed + args.n_eval_episodes)
@@ -1127,15 +1123,14 @@ def main(argv=None):
         agent, global_step = train(args, run_folder)
         partial = run_folder / "hub.partial"  # the package, as long as it is not complete
         with contextlib.closing(make_env(args.env_id, **options)) as env:
-            policy = make_policy(agent, args.temperature, first_seed)
-            results = score_with_flags(env, policy, seeds, partial)
+            results = score_with_flags(env, make_policy(agent, args.temperature, first_seed), seeds, partial)
         flags = f"{results['flag_rate'] * args.n_eval_episodes:.0f} of them came to the flag"
         actions = f"actions of a softmax at a temperature of {args.temperature:g}"
         results["scored_with"] = f"{actions}, from the game's one start; {flags}"
         agent.save_pretrained(partial)
         package_to_hub(run_folder, args, results | {"env_name": args.env_id, "global_step": global_step})
         return agent
-    except (KeyboardInterrupt, *EXPECTED) as error:
+    except (KeyboardInterrupt, RuntimeError, *EXPECTED) as error:
         if isinstance(error, RuntimeError) and not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise  # not the end of another process, but a bug
         if WORLD_SIZE > 1 and RANK == 0:

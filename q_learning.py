@@ -358,16 +358,15 @@ def record_video(env, policy, path, seed=None):
 def score_and_film(env, film_env, policy, seeds, folder=None):
     """Play an episode per seed and print the score; with a folder, film the first seed's there, played in film_env."""
     msg.info(f"Playing {len(seeds)} episodes")
-    mean_reward, std_reward = evaluate_agent(env, policy, seeds)
-    result = mean_reward - std_reward  # what the course's leaderboard ranks by
-    msg.good(f"mean_reward {mean_reward:.2f} +/- {std_reward:.2f} over {len(seeds)} episodes (result {result:.2f})")
+    mean, std = evaluate_agent(env, policy, seeds)  # the course's leaderboard ranks by mean - std
+    msg.good(f"mean_reward {mean:.2f} +/- {std:.2f} over {len(seeds)} episodes (result {mean - std:.2f})")
     if folder:
         record_video(film_env, policy, folder / "replay.mp4", seed=seeds[0])
         if IN_NOTEBOOK:
             from IPython.display import Video, display
 
             display(Video(folder / "replay.mp4", embed=True))
-    return {"mean_reward": mean_reward, "std_reward": std_reward}
+    return {"mean_reward": mean, "std_reward": std}
 
 
 # --- The run folder, the package and the Hub -------------------------------------------------------------------------
