@@ -415,7 +415,7 @@ class SkipFrames(gym.Wrapper):
             observation, reward, terminated, truncated, info = self.env.step(action)
             self.frames.append(observation)
             total += reward
-            if terminated or truncated:
+            if terminated or truncated or info["flag_get"]:  # in the whole game, the next frame is the next stage's
                 break
         return observation, total, terminated, truncated, info
 
@@ -446,9 +446,9 @@ class ShapeReward(gym.Wrapper):
         was_in_the_air, self.in_the_air = self.in_the_air, self.unwrapped.is_in_the_air()
         lives, self.lives = self.lives, self.unwrapped.lives()
         terminated |= self.unwrapped.has_left_the_stage() or self.lives < lives
-        if terminated:
-            reward = self.owed + 125 if info["flag_get"] else 0.0
-        elif self.unwrapped.is_swimming() or (was_in_the_air and not self.in_the_air):
+        if info["flag_get"]:
+            reward, self.owed = self.owed + 125, 0.0
+        elif not terminated and (self.unwrapped.is_swimming() or (was_in_the_air and not self.in_the_air)):
             reward, self.owed = self.owed, 0.0
         else:
             reward = 0.0

@@ -162,18 +162,18 @@ def test_the_game_is_found_without_importing_its_package():
 
 
 class Tape(gym.Env):
-    """Plays back (x, score, reward, terminated) per frame; the screen of frame k is all of brightness k."""
+    """Plays back (x, score, reward, terminated) per frame; the screen of frame k is of brightness k; flag: a frame."""
 
     action_space = gym.spaces.Discrete(3)
     observation_space = gym.spaces.Box(0, 255, (224, 240, 3), np.uint8)
     render_mode = "rgb_array"
 
-    def __init__(self, frames, flag=False, air=(), water=False):
+    def __init__(self, frames, flag=None, air=(), water=False):
         self.frames, self.flag, self.air, self.water, self.actions = frames, flag, air, water, []
 
     def now(self):
         x, score, reward, terminated = self.frames[self.k]
-        info = {"world": 1, "stage": 1, "x_pos": x, "score": score, "flag_get": terminated and self.flag}
+        info = {"world": 1, "stage": 1, "x_pos": x, "score": score, "flag_get": self.k == self.flag}
         return np.full((224, 240, 3), self.k, dtype=np.uint8), reward, terminated, False, info
 
     def reset(self, seed=None, options=None):
@@ -215,7 +215,7 @@ def test_an_action_is_held_for_four_frames_whose_rewards_are_summed_and_which_ar
     assert [frame[0, 0, 0] for frame in env.render()] == [5, 6, 7] and env.render()[0].shape == (448, 480, 3)
 
 
-@pytest.mark.parametrize(("flag", "last"), [(True, 2 + 1 + 125), (False, 0)])
+@pytest.mark.parametrize(("flag", "last"), [(6, 2 + 1 + 125), (None, 0)])
 def test_rewards_are_shaped_by_points_and_the_flag_and_pay_when_mario_lands_and_a_death_nothing(flag, last):
     frames = [(40, 100, 0, False), (43, 300, 3, False), (44, 300, 4, False), (44, 340, 5, False), (45, 340, 6, False)]
     frames += [(46, 340, 2, False), (47, 340, 1, True)]
@@ -224,6 +224,18 @@ def test_rewards_are_shaped_by_points_and_the_flag_and_pay_when_mario_lands_and_
         env.reset()
         rewards = [50 * env.step(0)[1] for _ in frames[1:]]
         assert rewards == pytest.approx([0, 0, 0, 3 + 200 / 40 + 4 + 5 + 40 / 40 + 6, 0, last])
+
+
+def test_in_the_whole_game_a_flag_ends_the_action_and_is_paid_once():
+    frames = [(40 + k, 0, 1, False) for k in range(12)]
+    env = ppo_mario.ShapeReward(ppo_mario.SkipFrames(Tape(frames, flag=6, air=set(range(7)))))
+    env.reset()
+    steps = [env.step(0) for _ in range(3)]
+    assert [(50 * reward, info["flag_get"]) for _, reward, _, _, info in steps] == [
+        (0, False),
+        (pytest.approx(4 + 2 + 125), True),
+        (pytest.approx(4), False),  # Mario has landed, in the next stage
+    ]
 
 
 def test_a_swimmer_is_paid_at_once():
