@@ -106,7 +106,7 @@ def parse_args(argv=None):
     flag("--num-steps", type=int, default=128, help="steps per environment and rollout")
     flag("--anneal-lr", action=switch, default=True, help="the learning rate falls linearly to 0 at --total-timesteps")
     flag("--gamma", type=float, default=0.95, help="discount factor")
-    flag("--gae-lambda", type=float, default=0.95, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
+    flag("--gae-lambda", type=float, default=1.0, help="lambda of GAE: 0 is TD(0), 1 is Monte Carlo")
     flag("--num-minibatches", type=int, default=4, help="minibatches per epoch")
     flag("--update-epochs", type=int, default=4, help="passes over the batch of each rollout")
     flag("--norm-adv", action=switch, default=True, help="standardise advantages per minibatch")
